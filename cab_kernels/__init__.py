@@ -1,0 +1,1 @@
+"""Triton kernels for training and distilling Mamba models, each with its definition in PyTorch beside it."""
