@@ -1,7 +1,7 @@
 """Argument checks with one message format: ``<function>: expected <argument> ..., got ...``.
 
-An op makes one :class:`ArgumentCheck` a call and passes each argument through it before anything is launched. Sizes are
-bound by name at their first use ("batch dim length"), so a later argument that disagrees is reported by name and number.
+An op makes one :class:`ArgumentCheck` a call and passes each argument through it before anything is launched. Sizes
+are bound by name at their first use ("batch dim length"), so a later argument that disagrees is reported by name.
 """
 
 from __future__ import annotations
@@ -53,9 +53,8 @@ class ArgumentCheck:
             if len(axes) == value.dim():
                 self._bind(name, value, axes)
                 return layout
-        raise ValueError(
-            f"{self.function}: expected {name} of shape {' or '.join(map(_describe, layouts))}, got {tuple(value.shape)}"
-        )
+        allowed = " or ".join(map(_describe, layouts))
+        raise ValueError(f"{self.function}: expected {name} of shape {allowed}, got {tuple(value.shape)}")
 
     def true(self, condition: bool, expected: str, got: object) -> None:
         """Raise ``ValueError`` unless ``condition`` holds."""

@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture
 def compile_offline(tmp_path: pathlib.Path) -> Callable[[list[dict]], str]:
-    """Compile the kernels of a list of specs for sm_80, sm_90 and sm_100 (see ``compile_offline.py``); return the log."""
+    """Compile a list of kernel specs (see ``compile_offline.py``) for sm_80, sm_90 and sm_100; return the log."""
 
     def run(specs: list[dict]) -> str:
         path = tmp_path / "specs.json"
