@@ -1,0 +1,319 @@
+import triton
+import triton.language as tl
+
+from cab_kernels.scan.device import (
+    LN2,
+    LOG2E,
+    exp2,
+    fold_halves,
+    fold_permuted,
+    fold_states,
+    from_lane,
+    load_steps,
+    log2_int,
+    sigmoid,
+    store_steps,
+    take_steps,
+)
+from cab_kernels.scan.forward import channels_of, row_of, sequence_of, source_lane, step_size
+
+
+@triton.jit
+def _load_permuted(ptr, base, edge, row, width, lane, state, S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, SCALE: tl.constexpr):
+    values = ()
+    for r in tl.static_range(R):
+        channel = base + ((lane % R) ^ r)
+        for j in tl.static_range(NT):
+            at = ptr + (row + channel) * width + state[j]
+            x = tl.load(at, mask=(channel < edge) & (state[j] < width), other=0.0).to(tl.float32)
+            values = values + (x * SCALE,)
+    return values
+
+
+@triton.jit
+def _store_permuted(ptr, base, edge, row, width, lane, state, values, S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, SCALE: tl.constexpr):
+    for r in tl.static_range(R):
+        channel = base + ((lane % R) ^ r)
+        for j in tl.static_range(NT):
+            at = ptr + (row + channel) * width + state[j]
+            tl.store(at, values[r * NT + j] * SCALE, mask=(channel < edge) & (state[j] < width))
+
+
+@triton.jit
+def _fold_channels(values, NT: tl.constexpr, S: tl.constexpr, lane):
+    """Add dB's NT values and dC's over the warp's channels."""
+    SHARE: tl.constexpr = min(NT, 32 // S)
+    for level in tl.static_range(log2_int(SHARE)):
+        values = fold_permuted(values, 2 * NT // SHARE, SHARE >> (level + 1), lane, S * (SHARE >> (level + 1)))
+    if 32 // S > NT:
+        values = fold_halves(values, 1, lane, S * SHARE)
+    if 32 // S > 2 * NT:
+        folded = values[0]
+        for level in tl.static_range(log2_int(32 // S // (2 * NT))):
+            folded += from_lane(folded, lane ^ (2 * S * SHARE << level))
+        values = (folded,)
+    return values
+
+
+@triton.jit(do_not_specialize=["length"])
+def _selective_scan_bwd_kernel(
+    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, rows_ptr, D_ptr, z_ptr, delta_bias_ptr, dout_ptr, cu_seqlens_ptr,
+    befores_ptr, adjoints_ptr, dlast_ptr,
+    du_ptr, ddelta_ptr, dz_ptr, drows_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, dinitial_ptr,
+    strides_u, strides_delta, strides_z, strides_dout, strides_du, strides_ddelta, strides_dz,
+    length, channels, groups, dim, dstate, sequences, chunks, blocks, total_rows, first_block,
+    STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_DOUT: tl.constexpr,
+    STRIDE_DU: tl.constexpr, STRIDE_DDELTA: tl.constexpr, STRIDE_DZ: tl.constexpr,
+    LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_DOUT: tl.constexpr,
+    LAYOUT_DU: tl.constexpr, LAYOUT_DDELTA: tl.constexpr, LAYOUT_DZ: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, SPAN: tl.constexpr, PAD: tl.constexpr,
+    WARPS: tl.constexpr, EXACT: tl.constexpr, NATIVE: tl.constexpr,
+):
+    N: tl.constexpr = S * NT
+    U: tl.constexpr = R * NT
+    T: tl.constexpr = STEPS * (S // R)
+    SHARE: tl.constexpr = min(NT, 32 // S)
+    PACKED: tl.constexpr = cu_seqlens_ptr is not None
+    pid = tl.program_id(0)
+    sequence, span, first, count = sequence_of(pid // blocks, length, chunks, cu_seqlens_ptr, sequences, SPAN)
+    begin = span * SPAN
+    end = min(begin + SPAN, count)
+    block = first_block + pid % blocks
+    lane, base, own, edge, group = channels_of(block, channels, groups, S, R, WARPS)
+    mask = own < edge
+    row = tl.where(mask, own, 0)
+    part = lane % S // R * STEPS
+    limit = tl.where(mask, end, 0)
+    slot = first // SPAN + sequence + span
+    # Which states a lane works on, in an order that lets sums over channels need no selects.
+    state = ()
+    for j in tl.static_range(NT):
+        state = state + (lane % S * NT + (j ^ (lane // S % SHARE)),)
+    A = _load_permuted(A_ptr, base, edge, 0, dstate, lane, state, S, R, NT, LOG2E)
+    D = 0.0
+    if D_ptr is not None:
+        D = tl.load(D_ptr + row).to(tl.float32)
+    bias = 0.0
+    if delta_bias_ptr is not None:
+        bias = tl.load(delta_bias_ptr + row).to(tl.float32)
+    if B_ptr is not None:
+        B_constant = _load_permuted(B_ptr, base, edge, 0, dstate, lane, state, S, R, NT, 1.0)
+    if C_ptr is not None:
+        C_constant = _load_permuted(C_ptr, base, edge, 0, dstate, lane, state, S, R, NT, 1.0)
+    zeros = ()
+    for i in tl.static_range(U):
+        zeros = zeros + (tl.zeros([WARPS, 32], tl.float32),)
+    dA = zeros
+    dB = zeros
+    dC = zeros
+    dD = tl.zeros([WARPS, 32], tl.float32)
+    dbias = tl.zeros([WARPS, 32], tl.float32)
+    if adjoints_ptr is not None:
+        carry = _load_permuted(adjoints_ptr, base, edge, slot * dim, N, lane, state, S, R, NT, 1.0)
+    elif dlast_ptr is not None:
+        carry = _load_permuted(dlast_ptr, base, edge, sequence * dim, dstate, lane, state, S, R, NT, 1.0)
+    else:
+        carry = zeros
+
+    u_row = row_of(u_ptr, strides_u, sequence, first, count, row, STRIDE_U, PACKED)
+    delta_row = row_of(delta_ptr, strides_delta, sequence, first, count, row, STRIDE_DELTA, PACKED)
+    dout_row = row_of(dout_ptr, strides_dout, sequence, first, count, row, STRIDE_DOUT, PACKED)
+    du_row = row_of(du_ptr, strides_du, sequence, first, count, row, STRIDE_DU, PACKED)
+    ddelta_row = row_of(ddelta_ptr, strides_ddelta, sequence, first, count, row, STRIDE_DDELTA, PACKED)
+    if z_ptr is not None:
+        z_row = row_of(z_ptr, strides_z, sequence, first, count, row, STRIDE_Z, PACKED)
+        dz_row = row_of(dz_ptr, strides_dz, sequence, first, count, row, STRIDE_DZ, PACKED)
+    rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD) * (2 * N)
+    # What the fold over channels leaves in each lane: which of (B, C), and which states.
+    spare = lane // S // SHARE
+    drows_block = block if WARPS == 1 else block
+    drows = drows_ptr + (drows_block.to(tl.int64) * total_rows + first + sequence * PAD) * (2 * N)
+    top = begin + (tl.cdiv(end - begin, T) - 1) * T
+
+    next_u = load_steps(u_row, part + top, limit, STRIDE_U, STEPS, LAYOUT_U)
+    next_delta = load_steps(delta_row, part + top, limit, STRIDE_DELTA, STEPS, LAYOUT_DELTA)
+    next_dout = load_steps(dout_row, part + top, limit, STRIDE_DOUT, STEPS, LAYOUT_DOUT)
+    if z_ptr is not None:
+        next_z = load_steps(z_row, part + top, limit, STRIDE_Z, STEPS, LAYOUT_Z)
+    for back in range(0, end - begin, T):
+        t = top - back
+        now = part + t
+        then = tl.maximum(t - T, 0) + part
+        u = take_steps(next_u, STRIDE_U, STEPS, LAYOUT_U)
+        x = take_steps(next_delta, STRIDE_DELTA, STEPS, LAYOUT_DELTA)
+        dout = take_steps(next_dout, STRIDE_DOUT, STEPS, LAYOUT_DOUT)
+        next_u = load_steps(u_row, then, limit, STRIDE_U, STEPS, LAYOUT_U)
+        next_delta = load_steps(delta_row, then, limit, STRIDE_DELTA, STEPS, LAYOUT_DELTA)
+        next_dout = load_steps(dout_row, then, limit, STRIDE_DOUT, STEPS, LAYOUT_DOUT)
+        if z_ptr is not None:
+            z = take_steps(next_z, STRIDE_Z, STEPS, LAYOUT_Z)
+            next_z = load_steps(z_row, then, limit, STRIDE_Z, STEPS, LAYOUT_Z)
+        before = ((first // T + sequence) + t // T) * dim
+        h0 = _load_permuted(befores_ptr, base, edge, before, N, lane, state, S, R, NT, 1.0)
+        dt = ()
+        dtu = ()
+        dy = ()
+        for i in tl.static_range(STEPS):
+            d = step_size(x[i], bias, now + i < limit, SOFTPLUS, EXACT, NATIVE)
+            dt = dt + (d,)
+            dtu = dtu + (d * u[i],)
+            g = dout[i]
+            if z_ptr is not None:
+                g *= z[i] * sigmoid(z[i], NATIVE)
+            dy = dy + (g,)
+            dD += g * u[i]
+
+        # The states of these steps once more.
+        a = ()
+        h = h0
+        ys = ()
+        for k in tl.static_range(T):
+            at = rows + (t + k) * (2 * N)
+            if B_ptr is None:
+                B = ()
+                for j in tl.static_range(NT):
+                    B = B + (tl.load(at + state[j]),)
+            if z_ptr is not None and C_ptr is None:
+                C = ()
+                for j in tl.static_range(NT):
+                    C = C + (tl.load(at + (N + state[j])),)
+            for r in tl.static_range(R):
+                if B_ptr is not None:
+                    B = B_constant[r * NT : (r + 1) * NT]
+                if C_ptr is not None:
+                    C = C_constant[r * NT : (r + 1) * NT]
+                source = source_lane(lane, k, r, S, R, STEPS)
+                dt_r = from_lane(dt[k % STEPS], source)
+                dtu_r = from_lane(dtu[k % STEPS], source)
+                for j in tl.static_range(NT):
+                    decay = exp2(dt_r * A[r * NT + j], NATIVE)
+                    x_new = decay * h[k * U + r * NT + j] + dtu_r * B[j]
+                    a = a + (decay,)
+                    h = h + (x_new,)
+                    if z_ptr is not None:
+                        if j == 0:
+                            y = x_new * C[0]
+                        else:
+                            y += x_new * C[j]
+                if z_ptr is not None:
+                    ys = ys + (y,)
+        if z_ptr is not None:
+            ys = fold_states(ys, S, R, STEPS, lane)
+            dzs = ()
+            for i in tl.static_range(STEPS):
+                gate = sigmoid(z[i], NATIVE)
+                dzs = dzs + (dout[i] * (ys[i] + D * u[i]) * gate * (1.0 + z[i] * (1.0 - gate)),)
+            store_steps(dz_row, now, limit, dzs, STRIDE_DZ, STEPS, LAYOUT_DZ)
+
+        # And back.
+        dxs = ()
+        dexps = ()
+        for back_k in tl.static_range(T):
+            at = rows + (t + (T - 1 - back_k)) * (2 * N)
+            if B_ptr is None:
+                B = ()
+                for j in tl.static_range(NT):
+                    B = B + (tl.load(at + state[j]),)
+            if C_ptr is None:
+                C = ()
+                for j in tl.static_range(NT):
+                    C = C + (tl.load(at + (N + state[j])),)
+            products_B = ()
+            products_C = ()
+            carried = ()
+            dA_after = ()
+            dB_after = ()
+            dC_after = ()
+            step_dx = ()
+            step_dexp = ()
+            for r in tl.static_range(R):
+                if B_ptr is not None:
+                    B = B_constant[r * NT : (r + 1) * NT]
+                if C_ptr is not None:
+                    C = C_constant[r * NT : (r + 1) * NT]
+                source = source_lane(lane, (T - 1 - back_k), r, S, R, STEPS)
+                dt_r = from_lane(dt[(T - 1 - back_k) % STEPS], source)
+                dtu_r = from_lane(dtu[(T - 1 - back_k) % STEPS], source)
+                dy_r = from_lane(dy[(T - 1 - back_k) % STEPS], source)
+                for j in tl.static_range(NT):
+                    i = r * NT + j
+                    dh = carry[r * NT + j] + dy_r * C[j]
+                    product_C = dy_r * h[(T - back_k) * U + r * NT + j]
+                    product_B = dtu_r * dh
+                    through = a[(T - 1 - back_k) * U + r * NT + j] * dh
+                    w = through * h[(T - 1 - back_k) * U + r * NT + j]
+                    carried = carried + (through,)
+                    dA_after = dA_after + (dA[r * NT + j] + w * dt_r,)
+                    if j == 0:
+                        dx = dh * B[0]
+                        dexp = w * A[r * NT]
+                    else:
+                        dx += dh * B[j]
+                        dexp += w * A[r * NT + j]
+                    if B_ptr is not None:
+                        dB_after = dB_after + (dB[r * NT + j] + product_B,)
+                    elif r == 0:
+                        products_B = products_B + (product_B,)
+                    else:
+                        products_B = products_B[:j] + (products_B[j] + product_B,) + products_B[j + 1 :]
+                    if C_ptr is not None:
+                        dC_after = dC_after + (dC[r * NT + j] + product_C,)
+                    elif r == 0:
+                        products_C = products_C + (product_C,)
+                    else:
+                        products_C = products_C[:j] + (products_C[j] + product_C,) + products_C[j + 1 :]
+                step_dx = step_dx + (dx,)
+                step_dexp = step_dexp + (dexp,)
+            carry = carried
+            dA = dA_after
+            dxs = step_dx + dxs
+            dexps = step_dexp + dexps
+            if B_ptr is not None:
+                dB = dB_after
+                products_B = zeros[:NT]
+            if C_ptr is not None:
+                dC = dC_after
+                products_C = zeros[:NT]
+            if drows_ptr is not None:
+                sums = _fold_channels(products_B + products_C, NT, S, lane)
+                at = drows + (t + (T - 1 - back_k)) * (2 * N)
+                if 32 // S > NT:
+                    keep = spare < 2
+                    tl.store(at + (spare % 2 * N + state[0]), sums[0], mask=keep)
+                else:
+                    for i in tl.static_range(NT // SHARE):
+                        tl.store(at + state[i * SHARE], sums[i])
+                        tl.store(at + (N + state[i * SHARE]), sums[NT // SHARE + i])
+        dxs = fold_states(dxs, S, R, STEPS, lane)
+        dexps = fold_states(dexps, S, R, STEPS, lane)
+        dus = ()
+        ddeltas = ()
+        for i in tl.static_range(STEPS):
+            dus = dus + (dxs[i] * dt[i] + D * dy[i],)
+            g = dexps[i] * LN2 + dxs[i] * u[i]
+            if SOFTPLUS:
+                biased = x[i] + bias
+                g = tl.where(biased > 20.0, g, g * sigmoid(biased, NATIVE))
+            g = tl.where(now + i < limit, g, 0.0)
+            dbias += g
+            ddeltas = ddeltas + (g,)
+        store_steps(du_row, now, limit, dus, STRIDE_DU, STEPS, LAYOUT_DU)
+        store_steps(ddelta_row, now, limit, ddeltas, STRIDE_DDELTA, STEPS, LAYOUT_DDELTA)
+
+    if end > begin:
+        _store_permuted(dA_ptr, base, edge, slot * dim, dstate, lane, state, dA, S, R, NT, 1.0)
+        if B_ptr is not None:
+            _store_permuted(dB_ptr, base, edge, slot * dim, dstate, lane, state, dB, S, R, NT, 1.0)
+        if C_ptr is not None:
+            _store_permuted(dC_ptr, base, edge, slot * dim, dstate, lane, state, dC, S, R, NT, 1.0)
+        if dinitial_ptr is not None and span == 0:
+            _store_permuted(dinitial_ptr, base, edge, sequence * dim, dstate, lane, state, carry, S, R, NT, 1.0)
+        for level in tl.static_range(log2_int(S // R)):
+            dD += from_lane(dD, lane ^ (R << level))
+            dbias += from_lane(dbias, lane ^ (R << level))
+        first_part = mask & (lane % S < R)
+        if dD_ptr is not None:
+            tl.store(dD_ptr + slot * dim + row, dD, mask=first_part)
+        if dbias_ptr is not None:
+            tl.store(dbias_ptr + slot * dim + row, dbias, mask=first_part)

@@ -1,0 +1,253 @@
+"""What the scan's kernels do within one thread or one warp: elementary functions, and exchanges between lanes.
+
+Every tensor here is (warps, 32), one number a lane, and a tuple of them is what a lane holds in its registers. The
+instructions of NVIDIA GPUs stand here alone, each with its portable twin, which other GPUs and the interpreter run
+(``NATIVE`` chooses). Triton's own functions would be right too, at two to eight instructions where one will do.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.constexpr_function
+def log2_int(count):
+    return count.bit_length() - 1
+
+
+@triton.jit
+def exp2(x, NATIVE: tl.constexpr):
+    """2 to the x, to 2 units in the last place; a result below 2**-126 is zero."""
+    if NATIVE:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
+    return tl.exp2(x)
+
+
+@triton.jit
+def exp2_polynomial(x):
+    """2 to the x on the multiply-add pipe, to 3e-6, for x up to 127; exact at 0, so that a slow decay stays slow."""
+    x = tl.maximum(x, -126.0)
+    shifted = x + 12582912.0  # rounds to an integer, which stands in the low bits
+    f = x - (shifted - 12582912.0)
+    p = 0.00958286 * f + 0.05590646
+    p = p * f + 0.24024099
+    p = p * f + 0.69312419
+    p = p * f + 1.0
+    return (p.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def log2(x, NATIVE: tl.constexpr):
+    if NATIVE:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
+    return tl.log2(x)
+
+
+@triton.jit
+def reciprocal(x, NATIVE: tl.constexpr):
+    if NATIVE:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
+    return 1.0 / x
+
+
+@triton.jit
+def log1p(x, EXACT: tl.constexpr, NATIVE: tl.constexpr):
+    """log(1 + x) for x >= 0, to a few units in the last place if EXACT, else to 1e-4 of itself."""
+    if EXACT:
+        # 1 + x = 2**k (1 + f) with f in [-1/3, 1/3); what the sum 1 + x lost goes back into f.
+        total = 1.0 + x
+        lost = tl.where(total < 16777216.0, x - (total - 1.0), 0.0)
+        bits = total.to(tl.int32, bitcast=True)
+        power = (bits - 0x3F2AAAAB) & -0x00800000
+        f = (bits - power).to(tl.float32, bitcast=True) - 1.0
+        f += lost * (0x3F800000 - power).to(tl.float32, bitcast=True)
+        p = -0.1395808 * f + 0.1457305
+        p = p * f - 0.1219486
+        p = p * f + 0.1402235
+        p = p * f - 0.1668143
+        p = p * f + 0.2000124
+        p = p * f - 0.2499988
+        p = p * f + 0.3333331
+        p = p * f - 0.5
+        return power.to(tl.float32) * (LN2 * 1.1920928955078125e-07) + (p * (f * f) + f)
+    return tl.where(x < 0.015625, x - 0.5 * x * x, log2(1.0 + x, NATIVE) * LN2)
+
+
+@triton.jit
+def sigmoid(x, NATIVE: tl.constexpr):
+    return reciprocal(1.0 + exp2(x * -LOG2E, NATIVE), NATIVE)
+
+
+@triton.jit
+def from_lane(x, lane):
+    """The value of x in another lane of the same warp: one shuffle."""
+    return tl.gather(x, lane, 1)
+
+
+@triton.jit
+def fold_permuted(values, GROUPS: tl.constexpr, HALF: tl.constexpr, lane, DISTANCE: tl.constexpr):
+    """Add pairs of lanes; of each group of 2 HALF values a lane keeps the first half.
+
+    Value i of a lane whose bit DISTANCE is set must stand for what value i ^ HALF stands for in its partner. Then
+    both keep their own first half, and nothing needs to be selected.
+    """
+    folded = ()
+    for group in tl.static_range(GROUPS):
+        for i in tl.static_range(HALF):
+            theirs = from_lane(values[(2 * group + 1) * HALF + i], lane ^ DISTANCE)
+            folded = folded + (values[2 * group * HALF + i] + theirs,)
+    return folded
+
+
+@triton.jit
+def fold_halves(values, HALF: tl.constexpr, lane, DISTANCE: tl.constexpr):
+    """Add pairs of lanes; a lane whose bit DISTANCE is set keeps the second half of the values, its partner the first."""
+    high = (lane & DISTANCE) != 0
+    folded = ()
+    for i in tl.static_range(HALF):
+        keep = tl.where(high, values[HALF + i], values[i])
+        send = tl.where(high, values[i], values[HALF + i])
+        folded = folded + (keep + from_lane(send, lane ^ DISTANCE),)
+    return folded
+
+
+@triton.jit
+def fold_states(values, S: tl.constexpr, R: tl.constexpr, STEPS: tl.constexpr, lane):
+    """Add over the S lanes of a channel: values[step * R + r] of all steps become the STEPS values a lane owns."""
+    for level in tl.static_range(log2_int(R)):
+        values = fold_permuted(values, STEPS * (S // R), R >> (level + 1), lane, R >> (level + 1))
+    for level in tl.static_range(log2_int(S // R)):
+        values = fold_halves(values, STEPS * (S // R) >> (level + 1), lane, S >> (level + 1))
+    return values
+
+
+@triton.jit
+def unstack(tile, COUNT: tl.constexpr):
+    """A (warps, 32, COUNT) tile as a tuple of COUNT tensors."""
+    parts = (tile,)
+    for level in tl.static_range(1, log2_int(COUNT) + 1):
+        halves = ()
+        for part in tl.static_range(1 << (level - 1)):
+            wide = tl.reshape(parts[part], [tile.shape[0], 32, 2, COUNT >> level])
+            low, high = tl.split(tl.permute(wide, [0, 1, 3, 2]))
+            halves = halves + (low, high)
+        parts = halves
+    flat = ()
+    for part in tl.static_range(COUNT):
+        flat = flat + (tl.reshape(parts[part], [tile.shape[0], 32]),)
+    return flat
+
+
+@triton.jit
+def stack(parts, COUNT: tl.constexpr):
+    """A tuple of COUNT tensors as a (warps, 32, COUNT) tile: the reverse of ``unstack``."""
+    WARPS: tl.constexpr = parts[0].shape[0]
+    for level in tl.static_range(1, log2_int(COUNT) + 1):
+        joined = ()
+        for part in tl.static_range(COUNT >> level):
+            joined = joined + (tl.join(parts[part], parts[part + (COUNT >> level)]),)
+        parts = joined
+    return tl.reshape(parts[0], [WARPS, 32, COUNT])
+
+
+@triton.jit
+def _tile(row, first, count, STRIDE: tl.constexpr, STEPS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointers to STEPS neighbouring numbers a lane, in the order of memory, and which of them are steps."""
+    offs = tl.arange(0, STEPS)[None, None, :]
+    if STRIDE == 1:
+        steps = first[:, :, None] + offs
+        at = row[:, :, None] + steps
+    else:
+        steps = first[:, :, None] + (STEPS - 1 - offs)
+        at = row[:, :, None] - (first[:, :, None] + (STEPS - 1)) + offs
+    if ALIGNED:
+        at = tl.max_contiguous(tl.multiple_of(at, [1, 1, 16]), [1, 1, STEPS])
+        mask = (first < count)[:, :, None]
+    else:
+        mask = steps < count[:, :, None]
+    return at, mask
+
+
+@triton.jit
+def load_steps(row, first, count, STRIDE: tl.constexpr, STEPS: tl.constexpr, LAYOUT: tl.constexpr):
+    """STEPS steps from ``first`` on of each lane's row, zero from step ``count`` on: as loaded, see ``take_steps``.
+
+    LAYOUT 0: channels lie side by side in memory, so lanes coalesce step by step. LAYOUT 1: steps lie side by side, and
+    go through shared memory. LAYOUT 2: they are aligned too, and each lane loads its own 8 or 16 bytes.
+    """
+    if LAYOUT > 0:
+        at, mask = _tile(row, first, count, STRIDE, STEPS, LAYOUT == 2)
+        return tl.load(at, mask=mask, other=0.0)
+    else:
+        values = ()
+        start = row + first.to(tl.int64) * STRIDE
+        for i in tl.static_range(STEPS):
+            values = values + (tl.load(start + i * STRIDE, mask=first + i < count, other=0.0),)
+        return values
+
+
+@triton.jit
+def take_steps(loaded, STRIDE: tl.constexpr, STEPS: tl.constexpr, LAYOUT: tl.constexpr):
+    """What ``load_steps`` loaded, as a tuple of float32."""
+    if LAYOUT > 0:
+        loaded = unstack(loaded, STEPS)
+    values = ()
+    for i in tl.static_range(STEPS):
+        if LAYOUT > 0 and STRIDE < 0:
+            values = values + (loaded[STEPS - 1 - i].to(tl.float32),)
+        else:
+            values = values + (loaded[i].to(tl.float32),)
+    return values
+
+
+@triton.jit
+def store_steps(row, first, count, values, STRIDE: tl.constexpr, STEPS: tl.constexpr, LAYOUT: tl.constexpr):
+    """Store a lane's STEPS values to its row, those before step ``count``."""
+    if LAYOUT > 0:
+        if STRIDE < 0:
+            turned = ()
+            for i in tl.static_range(STEPS):
+                turned = turned + (values[STEPS - 1 - i],)
+            values = turned
+        at, mask = _tile(row, first, count, STRIDE, STEPS, LAYOUT == 2)
+        tl.store(at, stack(values, STEPS).to(row.dtype.element_ty), mask=mask)
+    else:
+        start = row + first.to(tl.int64) * STRIDE
+        for i in tl.static_range(STEPS):
+            tl.store(start + i * STRIDE, values[i].to(row.dtype.element_ty), mask=first + i < count)
+
+
+@triton.jit
+def load_states(row, NT: tl.constexpr):
+    """NT neighbouring numbers a lane, by 16 bytes; as loaded, see ``take_states``."""
+    if NT <= 4:
+        return (tl.load(row[:, :, None] + tl.arange(0, NT)[None, None, :]),)
+    else:
+        tiles = ()
+        for i in tl.static_range(NT // 4):
+            tiles = tiles + (tl.load(row[:, :, None] + (4 * i + tl.arange(0, 4)[None, None, :])),)
+        return tiles
+
+
+@triton.jit
+def take_states(tiles, NT: tl.constexpr):
+    if NT <= 4:
+        return unstack(tiles[0], NT)
+    else:
+        values = ()
+        for i in tl.static_range(NT // 4):
+            values = values + unstack(tiles[i], 4)
+        return values
+
+
+@triton.jit
+def store_states(row, values, mask, NT: tl.constexpr):
+    WIDTH: tl.constexpr = NT if NT < 4 else 4
+    for i in tl.static_range(NT // WIDTH):
+        part = ()
+        for j in tl.static_range(WIDTH):
+            part = part + (values[i * WIDTH + j],)
+        at = row[:, :, None] + (i * WIDTH + tl.arange(0, WIDTH)[None, None, :])
+        tl.store(at, stack(part, WIDTH), mask=mask[:, :, None])
