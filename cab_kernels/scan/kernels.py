@@ -237,6 +237,12 @@ def _selective_scan_bwd_kernel(
                 mask_dim, t, dstate, DELTA_SOFTPLUS, CONSTANT_B, BLOCK_DSTATE,
             )  # fmt: skip
         tl.debug_barrier()
+        # Sums over time are sums over chunks of sums over steps: one after the other, thousands of terms lose digits.
+        dA_chunk = tl.zeros((BLOCK_DIM, BLOCK_DSTATE), dtype=tl.float32)
+        dB_chunk = tl.zeros((BLOCK_DIM, BLOCK_DSTATE), dtype=tl.float32)
+        dC_chunk = tl.zeros((BLOCK_DIM, BLOCK_DSTATE), dtype=tl.float32)
+        dD_chunk = tl.zeros((BLOCK_DIM,), dtype=tl.float32)
+        dbias_chunk = tl.zeros((BLOCK_DIM,), dtype=tl.float32)
         for forth in range(chunk_start, chunk_end):
             i = chunk_start + chunk_end - 1 - forth
             t = start + end - 1 - i if REVERSE else i
@@ -264,24 +270,29 @@ def _selective_scan_bwd_kernel(
             dexponent = dh * decayed
             dstep = tl.sum(dexponent * A, axis=1) + dx * u
             if DELTA_SOFTPLUS:
-                dstep = tl.where(biased > 20.0, dstep, dstep * _sigmoid(biased))
+                dstep *= _sigmoid(biased)  # 1 in float32 long before 20, where softplus ends
             _store_channels(ddelta_ptr, strides_ddelta, batch, offs_dim, mask_dim, t, dstep)
             _store_channels(du_ptr, strides_du, batch, offs_dim, mask_dim, t, dx * step + dy * D)
-            dA += dexponent * step[:, None]
-            dD += dy * u
-            dbias += dstep
+            dA_chunk += dexponent * step[:, None]
+            dD_chunk += dy * u
+            dbias_chunk += dstep
             dB_t = dh * (step * u)[:, None]
             dC_t = h * dy[:, None]
             offs_sum = (batch_group_block * length + t) * dstate + offs_state
             if CONSTANT_B:
-                dB += dB_t
+                dB_chunk += dB_t
             elif dB_ptr is not None:
                 tl.store(dB_ptr + offs_sum, tl.sum(dB_t, axis=0)[None, :], mask=offs_state < dstate)
             if CONSTANT_C:
-                dC += dC_t
+                dC_chunk += dC_t
             elif dC_ptr is not None:
                 tl.store(dC_ptr + offs_sum, tl.sum(dC_t, axis=0)[None, :], mask=offs_state < dstate)
             dh *= tl.exp(step[:, None] * A)
+        dA += dA_chunk
+        dB += dB_chunk
+        dC += dC_chunk
+        dD += dD_chunk
+        dbias += dbias_chunk
 
     if dA_ptr is not None:
         tl.store(dA_ptr + offs, dA, mask=mask)

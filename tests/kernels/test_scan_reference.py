@@ -5,55 +5,9 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
-from scan_cases import ALL, CASES, CONSTANT, GROUPED, cast, make_inputs, results_and_gradients
+from scan_cases import ALL, CASES, CONSTANT, GROUPED, cast, make_inputs, naive_scan, results_and_gradients
 
 from cab_kernels import selective_scan_fn, selective_scan_ref
-
-
-def naive_scan(
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D=None,
-    z=None,
-    delta_bias=None,
-    delta_softplus=False,
-    return_last_state=True,
-    *,
-    initial_state=None,
-    reverse=False,
-    cu_seqlens=None,
-):
-    """The formula, one step of time at a time, differentiated by autograd."""
-    batch, dim, length = u.shape
-    bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
-    if initial_state is None:
-        initial_state = torch.zeros(batch if cu_seqlens is None else len(bounds) - 1, dim, A.shape[1], dtype=u.dtype)
-    initial_states = [initial_state] if cu_seqlens is None else initial_state.split(1)
-
-    def at(matrix, t):
-        if matrix.dim() == 2:
-            return matrix
-        if matrix.dim() == 3:
-            return matrix[:, None, :, t]
-        return matrix[..., t].repeat_interleave(dim // matrix.shape[1], dim=1)
-
-    y, last_states = [None] * length, []
-    for h, start, end in zip(initial_states, bounds, bounds[1:], strict=False):
-        for t in reversed(range(start, end)) if reverse else range(start, end):
-            step = delta[:, :, t] if delta_bias is None else delta[:, :, t] + delta_bias
-            step = F.softplus(step) if delta_softplus else step
-            h = torch.exp(step[..., None] * A) * h + (step * u[:, :, t])[..., None] * at(B, t)
-            y[t] = (h * at(C, t)).sum(-1)
-            y[t] = y[t] if D is None else y[t] + D * u[:, :, t]
-            y[t] = y[t] if z is None else y[t] * F.silu(z[:, :, t])
-        last_states.append(h)
-    # So that no step, too, is a step of the graph
-    nothing = 0 * sum(x.sum() for x in (u, delta, A, B, C, D, z, delta_bias) if x is not None)
-    return (torch.stack(y, -1) if length else u) + nothing, torch.cat(last_states)
 
 
 @pytest.mark.parametrize(("sizes", "options"), CASES.values(), ids=CASES)
