@@ -49,8 +49,21 @@ def test_constant_b_has_the_last_state_of_b_spelled_out(device):
     torch.testing.assert_close(constant, variable, rtol=1e-6, atol=1e-6)
 
 
+def test_softplus_is_exact_far_from_zero(device):
+    delta = torch.tensor([-80.0, -30.0, -16.7, -9.2, -1.0, 0.0, 1.0, 19.99, 20.01, 90.0], device=device)
+    delta = delta[:, None, None].requires_grad_()
+    ones = torch.ones_like(delta)
+    # After one step, with all else 1, the output is softplus(delta) and its gradient the sigmoid. A hardware exponential
+    # of x is off by a rounding of x: 80 * 2^-24 at worst here.
+    out = triton_scan(ones, delta, -ones[0], ones, ones, delta_softplus=True)
+    out.sum().backward()
+    exact = delta.detach().double()
+    torch.testing.assert_close(out.double(), torch.log1p(torch.exp(exact)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(delta.grad.double(), torch.sigmoid(exact), rtol=1e-5, atol=0)
+
+
 HOSTILE = {
-    # softplus: linear past 20, exp(delta) to float32's precision far below 0, and both sides of the threshold
+    # steps that vanish, that are past softplus, and on both sides of where it ends
     "delta": lambda x: x["delta"].copy_(torch.tensor([-80.0, -16.7, -9.2, 19.99, 20.01, 40.0, 0.0])),
     # states that vanish at once
     "very-negative-A": lambda x: x["A"].fill_(-1e4),
@@ -73,12 +86,15 @@ def test_hostile_values_stay_within_the_budget(spoil, device):
     assert_within_budget(triton_scan, inputs, {"delta_softplus": True})
 
 
-def surround_with_nan(tensor: Tensor) -> Tensor:
-    """An equal view with other strides into memory that is NaN everywhere else."""
-    sizes = [2 * size + 3 for size in tensor.shape]
-    memory = torch.full(sizes, float("nan"), dtype=tensor.dtype, device=tensor.device)
-    view = memory[tuple(slice(1, 1 + 2 * size, 2) for size in tensor.shape)]
-    return view.detach().copy_(tensor.detach()).requires_grad_()
+def surround_with_nan(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Equal views into memory that is NaN everywhere else, no two of them with the same strides."""
+    views = {}
+    for step, (name, tensor) in enumerate(inputs.items(), start=2):
+        sizes = [step * size + 2 for size in tensor.shape]
+        memory = torch.full(sizes, float("nan"), dtype=tensor.dtype, device=tensor.device)
+        view = memory[tuple(slice(1, 1 + step * size, step) for size in tensor.shape)]
+        views[name] = view.copy_(tensor.detach()).requires_grad_()
+    return views
 
 
 def as_in_a_model(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -97,7 +113,7 @@ def as_in_a_model(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 LAYOUTS = {
-    "surrounded-by-nan": lambda x: {name: surround_with_nan(tensor) for name, tensor in x.items()},
+    "surrounded-by-nan": surround_with_nan,
     "as-in-a-model": as_in_a_model,
     "expanded": lambda x: {**x, "delta": x["delta"].detach()[:1, :1].expand(2, 6, 7).requires_grad_()},
 }
