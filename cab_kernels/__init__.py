@@ -1,1 +1,6 @@
 """Triton kernels for training and distilling Mamba models, each with its definition in PyTorch beside it."""
+
+from cab_kernels.scan.op import selective_scan_fn
+from cab_kernels.scan.reference import selective_scan_ref
+
+__all__ = ["selective_scan_fn", "selective_scan_ref"]
