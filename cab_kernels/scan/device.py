@@ -5,11 +5,22 @@ instructions of NVIDIA GPUs stand here alone, each with its portable twin, which
 (``NATIVE`` chooses). Triton's own functions would be right too, at two to eight instructions where one will do.
 """
 
+import inspect
+
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+def jit(function):
+    """``triton.jit`` of a kernel that is compiled once for all values of its arguments but the constexprs."""
+    parameters = inspect.signature(function).parameters.items()
+    names = [name for name, p in parameters if p.annotation is not tl.constexpr]
+    kernel = triton.jit(function, do_not_specialize=names)
+    kernel.runtime_names = frozenset(names)
+    return kernel
 
 
 @triton.constexpr_function
@@ -22,7 +33,7 @@ def exp2(x, NATIVE: tl.constexpr):
     """2 to the x, to 2 units in the last place; a result below 2**-126 is zero."""
     if NATIVE:
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
-    return tl.exp2(x)
+    return tl.exp2(tl.minimum(x, 127.0))  # so that nothing overflows, which the interpreter minds
 
 
 @triton.jit
@@ -114,12 +125,17 @@ def fold_halves(values, HALF: tl.constexpr, lane, DISTANCE: tl.constexpr):
 
 
 @triton.jit
-def fold_states(values, S: tl.constexpr, R: tl.constexpr, STEPS: tl.constexpr, lane):
+def fold_states(values, S: tl.constexpr, R: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr, lane):
     """Add over the S lanes of a channel: values[step * R + r] of all steps become the STEPS values a lane owns."""
+    for level in tl.static_range(log2_int(S // (R * PARTS))):
+        summed = ()
+        for i in tl.static_range(STEPS * PARTS * R):
+            summed = summed + (values[i] + from_lane(values[i], lane ^ (R * PARTS << level)),)
+        values = summed
     for level in tl.static_range(log2_int(R)):
-        values = fold_permuted(values, STEPS * (S // R), R >> (level + 1), lane, R >> (level + 1))
-    for level in tl.static_range(log2_int(S // R)):
-        values = fold_halves(values, STEPS * (S // R) >> (level + 1), lane, S >> (level + 1))
+        values = fold_permuted(values, STEPS * PARTS, R >> (level + 1), lane, R >> (level + 1))
+    for level in tl.static_range(log2_int(PARTS)):
+        values = fold_halves(values, STEPS * PARTS >> (level + 1), lane, R * PARTS >> (level + 1))
     return values
 
 
@@ -163,7 +179,7 @@ def _tile(row, first, count, STRIDE: tl.constexpr, STEPS: tl.constexpr, ALIGNED:
         steps = first[:, :, None] + (STEPS - 1 - offs)
         at = row[:, :, None] - (first[:, :, None] + (STEPS - 1)) + offs
     if ALIGNED:
-        at = tl.max_contiguous(tl.multiple_of(at, [1, 1, 16]), [1, 1, STEPS])
+        at = tl.max_contiguous(tl.multiple_of(at, [1, 1, STEPS * row.dtype.element_ty.primitive_bitwidth // 8]), [1, 1, STEPS])
         mask = (first < count)[:, :, None]
     else:
         mask = steps < count[:, :, None]
@@ -171,7 +187,99 @@ def _tile(row, first, count, STRIDE: tl.constexpr, STEPS: tl.constexpr, ALIGNED:
 
 
 @triton.jit
-def load_steps(row, first, count, STRIDE: tl.constexpr, STEPS: tl.constexpr, LAYOUT: tl.constexpr):
+def load_one(at, mask, NATIVE: tl.constexpr):
+    """One number a lane, zero where the mask is not set.
+
+    The compiler's pass over ``tl.load`` and ``tl.store`` takes time that grows with their number times the kernel's
+    size: half a minute here. It does not look into assembly.
+    """
+    if NATIVE and at.dtype.element_ty.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $2, 0; mov.b16 $0, 0; @p ld.global.nc.b16 $0, [$1];}",
+            "=h,l,r", [at, mask.to(tl.int32)], at.dtype.element_ty, True, 1,
+        )  # fmt: skip
+    elif NATIVE:
+        return tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [$1];}",
+            "=r,l,r", [at, mask.to(tl.int32)], at.dtype.element_ty, True, 1,
+        )  # fmt: skip
+    else:
+        return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_one(at, value, mask, NATIVE: tl.constexpr):
+    value = value.to(at.dtype.element_ty)
+    if NATIVE and at.dtype.element_ty.primitive_bitwidth == 16:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b16 [$1], $2; mov.b32 $0, 0;}",
+            "=r,l,h,r", [at.to(tl.int64), value, mask.to(tl.int32)], tl.int32, False, 1,
+        )  # fmt: skip
+    elif NATIVE:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0;}",
+            "=r,l,r,r", [at.to(tl.int64), value, mask.to(tl.int32)], tl.int32, False, 1,
+        )  # fmt: skip
+    else:
+        tl.store(at, value, mask=mask)
+
+
+@triton.jit
+def prefetch(at, NATIVE: tl.constexpr):
+    """Ask for the lines of memory that hold these addresses, one a lane."""
+    if NATIVE:
+        tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [at], tl.int32, False, 1)
+
+
+@triton.jit
+def load_numbers(at, COUNT: tl.constexpr, AGAIN: tl.constexpr, NATIVE: tl.constexpr):
+    """COUNT (1, 2, or a multiple of 4) neighbouring float32 a lane. AGAIN marks a second load of the same numbers, which
+    the compiler would else merge with the first, at the price of registers."""
+    values = ()
+    if NATIVE:
+        if COUNT == 1:
+            if AGAIN:
+                x = tl.inline_asm_elementwise("ld.global.L1::evict_last.f32 $0, [$1];", "=r,l", [at], tl.float32, True, 1)
+            else:
+                x = tl.inline_asm_elementwise("ld.global.nc.f32 $0, [$1];", "=r,l", [at], tl.float32, True, 1)
+            values = (x,)
+        elif COUNT == 2:
+            values = tl.inline_asm_elementwise(
+                "ld.global.nc.v2.f32 {$0, $1}, [$2];", "=r,=r,l", [at], (tl.float32, tl.float32), True, 1
+            )
+        else:
+            for i in tl.static_range(COUNT // 4):
+                values = values + tl.inline_asm_elementwise(
+                    "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];",
+                    "=r,=r,=r,=r,l", [at + 4 * i], (tl.float32, tl.float32, tl.float32, tl.float32), True, 1,
+                )  # fmt: skip
+    else:
+        for i in tl.static_range(COUNT):
+            values = values + (tl.load(at + i),)
+    return values
+
+
+@triton.jit
+def store_numbers(at, values, mask, COUNT: tl.constexpr, NATIVE: tl.constexpr):
+    """Store COUNT neighbouring float32 a lane."""
+    if NATIVE and COUNT >= 4:
+        flag = mask.to(tl.int32)
+        for i in tl.static_range(COUNT // 4):
+            tl.inline_asm_elementwise(
+                "{.reg .pred p; setp.ne.s32 p, $6, 0; @p st.global.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;}",
+                "=r,l,r,r,r,r,r",
+                [(at + 4 * i).to(tl.int64), values[4 * i], values[4 * i + 1], values[4 * i + 2], values[4 * i + 3], flag],
+                tl.int32, False, 1,
+            )  # fmt: skip
+    else:
+        for i in tl.static_range(COUNT):
+            store_one(at + i, values[i], mask, NATIVE)
+
+
+@triton.jit
+def load_steps(
+    row, first, count, STRIDE: tl.constexpr, STEPS: tl.constexpr, LAYOUT: tl.constexpr, NATIVE: tl.constexpr
+):
     """STEPS steps from ``first`` on of each lane's row, zero from step ``count`` on: as loaded, see ``take_steps``.
 
     LAYOUT 0: channels lie side by side in memory, so lanes coalesce step by step. LAYOUT 1: steps lie side by side, and
@@ -184,7 +292,7 @@ def load_steps(row, first, count, STRIDE: tl.constexpr, STEPS: tl.constexpr, LAY
         values = ()
         start = row + first.to(tl.int64) * STRIDE
         for i in tl.static_range(STEPS):
-            values = values + (tl.load(start + i * STRIDE, mask=first + i < count, other=0.0),)
+            values = values + (load_one(start + i * STRIDE, first + i < count, NATIVE),)
         return values
 
 
@@ -203,7 +311,9 @@ def take_steps(loaded, STRIDE: tl.constexpr, STEPS: tl.constexpr, LAYOUT: tl.con
 
 
 @triton.jit
-def store_steps(row, first, count, values, STRIDE: tl.constexpr, STEPS: tl.constexpr, LAYOUT: tl.constexpr):
+def store_steps(
+    row, first, count, values, STRIDE: tl.constexpr, STEPS: tl.constexpr, LAYOUT: tl.constexpr, NATIVE: tl.constexpr
+):
     """Store a lane's STEPS values to its row, those before step ``count``."""
     if LAYOUT > 0:
         if STRIDE < 0:
@@ -216,38 +326,4 @@ def store_steps(row, first, count, values, STRIDE: tl.constexpr, STEPS: tl.const
     else:
         start = row + first.to(tl.int64) * STRIDE
         for i in tl.static_range(STEPS):
-            tl.store(start + i * STRIDE, values[i].to(row.dtype.element_ty), mask=first + i < count)
-
-
-@triton.jit
-def load_states(row, NT: tl.constexpr):
-    """NT neighbouring numbers a lane, by 16 bytes; as loaded, see ``take_states``."""
-    if NT <= 4:
-        return (tl.load(row[:, :, None] + tl.arange(0, NT)[None, None, :]),)
-    else:
-        tiles = ()
-        for i in tl.static_range(NT // 4):
-            tiles = tiles + (tl.load(row[:, :, None] + (4 * i + tl.arange(0, 4)[None, None, :])),)
-        return tiles
-
-
-@triton.jit
-def take_states(tiles, NT: tl.constexpr):
-    if NT <= 4:
-        return unstack(tiles[0], NT)
-    else:
-        values = ()
-        for i in tl.static_range(NT // 4):
-            values = values + unstack(tiles[i], 4)
-        return values
-
-
-@triton.jit
-def store_states(row, values, mask, NT: tl.constexpr):
-    WIDTH: tl.constexpr = NT if NT < 4 else 4
-    for i in tl.static_range(NT // WIDTH):
-        part = ()
-        for j in tl.static_range(WIDTH):
-            part = part + (values[i * WIDTH + j],)
-        at = row[:, :, None] + (i * WIDTH + tl.arange(0, WIDTH)[None, None, :])
-        tl.store(at, stack(part, WIDTH), mask=mask[:, :, None])
+            store_one(start + i * STRIDE, values[i], first + i < count, NATIVE)

@@ -4,25 +4,28 @@ import triton.language as tl
 from cab_kernels.scan.device import (
     LOG2E,
     exp2,
+    exp2_polynomial,
     fold_states,
     from_lane,
-    load_states,
+    jit,
+    load_numbers,
+    load_one,
     load_steps,
     log1p,
     sigmoid,
-    store_states,
+    store_numbers,
+    store_one,
     store_steps,
-    take_states,
     take_steps,
 )
 
 
 @triton.jit
-def sequence_of(task, length, chunks, cu_seqlens_ptr, sequences, SIZE: tl.constexpr):
-    """The sequence and the chunk of SIZE steps that a task is, and where the sequence begins and how long it is.
+def sequence_of(task, length, chunks, cu_seqlens_ptr, sequences, size):
+    """The sequence and the chunk of ``size`` steps that a task is, and where the sequence begins and how long it is.
 
     Without cu_seqlens each sequence has ``chunks`` of them. With it, the chunks of sequence i are numbered from
-    ``cu_seqlens[i] // SIZE + i`` on, which leaves some numbers without one: their first step is beyond the end.
+    ``cu_seqlens[i] // size + i`` on, which leaves some numbers without one: their first step is beyond the end.
     """
     if cu_seqlens_ptr is None:
         sequence = (task // chunks).to(tl.int64)
@@ -33,11 +36,11 @@ def sequence_of(task, length, chunks, cu_seqlens_ptr, sequences, SIZE: tl.conste
             step = 1 << (30 - bit)
             if step < sequences - sequence:
                 after = sequence + step
-                if tl.load(cu_seqlens_ptr + after) // SIZE + after <= task:
+                if tl.load(cu_seqlens_ptr + after) // size + after <= task:
                     sequence = after
         first = tl.load(cu_seqlens_ptr + sequence)
         end = tl.load(cu_seqlens_ptr + sequence + 1)
-        return sequence.to(tl.int64), task - (first // SIZE + sequence), first.to(tl.int64), end - first
+        return sequence.to(tl.int64), task - (first // size + sequence), first.to(tl.int64), end - first
 
 
 @triton.jit
@@ -69,7 +72,7 @@ def row_of(ptr, strides, sequence, first, end, channel, STRIDE: tl.constexpr, PA
 
 
 @triton.jit
-def load_matrix(ptr, base, end, row, dstate, S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, lane, SCALE: tl.constexpr):
+def load_matrix(ptr, base, end, row, dstate, lane, S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr):
     """A lane's part of a (channels, dstate) matrix: R x NT numbers, zero beyond its edges."""
     values = ()
     for r in tl.static_range(R):
@@ -77,8 +80,7 @@ def load_matrix(ptr, base, end, row, dstate, S: tl.constexpr, R: tl.constexpr, N
         for j in tl.static_range(NT):
             state = lane % S * NT + j
             at = ptr + (row + channel) * dstate + state
-            x = tl.load(at, mask=(channel < end) & (state < dstate), other=0.0).to(tl.float32)
-            values = values + (x * SCALE,)
+            values = values + (load_one(at, (channel < end) & (state < dstate), NATIVE).to(tl.float32),)
     return values
 
 
@@ -98,32 +100,32 @@ def source_lane(lane, k, r, S: tl.constexpr, R: tl.constexpr, STEPS: tl.constexp
 
 
 @triton.jit
-def load_rows(rows, T: tl.constexpr, N: tl.constexpr, NT: tl.constexpr):
+def load_rows(rows, T: tl.constexpr, N: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr):
     tiles = ()
     for k in tl.static_range(T):
-        tiles = tiles + (load_states(rows + k * 2 * N, NT),)
+        tiles = tiles + (load_numbers(rows + k * 2 * N, NT, False, NATIVE),)
     return tiles
 
 
-@triton.jit(do_not_specialize=["length"])
+@jit
 def _selective_scan_fwd_kernel(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, rows_ptr, D_ptr, z_ptr, delta_bias_ptr, initial_ptr, cu_seqlens_ptr, out_ptr, states_ptr, last_ptr,
     strides_u, strides_delta, strides_z, strides_out,
-    length, channels, groups, dim, dstate, sequences, chunks, blocks, total_rows,
+    length, channels, groups, dim, dstate, sequences, chunk, chunks, blocks, total_rows,
     STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_OUT: tl.constexpr,
     LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_OUT: tl.constexpr,
     SOFTPLUS: tl.constexpr, SPLIT: tl.constexpr,
-    S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr, PAD: tl.constexpr,
-    WARPS: tl.constexpr, EXACT: tl.constexpr, NATIVE: tl.constexpr,
+    S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr, SPAN: tl.constexpr, PAD: tl.constexpr,
+    WARPS: tl.constexpr, EXACT: tl.constexpr, NATIVE: tl.constexpr, POLY: tl.constexpr,
 ):
     N: tl.constexpr = S * NT
-    T: tl.constexpr = STEPS * (S // R)
+    T: tl.constexpr = STEPS * PARTS
     PACKED: tl.constexpr = cu_seqlens_ptr is not None
     pid = tl.program_id(0)
     if SPLIT:
-        sequence, chunk, first, count = sequence_of(pid // blocks, length, chunks, cu_seqlens_ptr, sequences, CHUNK)
-        begin = chunk * CHUNK
-        end = min(begin + CHUNK, count)
+        sequence, index, first, count = sequence_of(pid // blocks, length, chunks, cu_seqlens_ptr, sequences, chunk)
+        begin = index * chunk
+        end = min(begin + chunk, count)
     else:
         sequence = (pid // blocks).to(tl.int64)
         begin = 0
@@ -138,13 +140,13 @@ def _selective_scan_fwd_kernel(
     mask = own < edge
     row = tl.where(mask, own, 0)
     part = lane % S // R * STEPS
-    limit = tl.where(mask, end, 0)
-    A = load_matrix(A_ptr, base, edge, 0, dstate, S, R, NT, lane, LOG2E)
+    limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
+    A = load_matrix(A_ptr, base, edge, 0, dstate, lane, S, R, NT, NATIVE)
     slot = first // SPAN + sequence
     if SPLIT:
-        h = load_matrix(states_ptr, base, edge, (slot + begin // SPAN) * dim, N, S, R, NT, lane, 1.0)
+        h = load_matrix(states_ptr, base, edge, (slot + begin // SPAN) * dim, N, lane, S, R, NT, NATIVE)
     elif initial_ptr is not None:
-        h = load_matrix(initial_ptr, base, edge, sequence * dim, dstate, S, R, NT, lane, 1.0)
+        h = load_matrix(initial_ptr, base, edge, sequence * dim, dstate, lane, S, R, NT, NATIVE)
     else:
         h = ()
         for i in tl.static_range(R * NT):
@@ -156,23 +158,23 @@ def _selective_scan_fwd_kernel(
     if delta_bias_ptr is not None:
         bias = tl.load(delta_bias_ptr + row).to(tl.float32)
     if B_ptr is not None:
-        B_constant = load_matrix(B_ptr, base, edge, 0, dstate, S, R, NT, lane, 1.0)
+        B_constant = load_matrix(B_ptr, base, edge, 0, dstate, lane, S, R, NT, NATIVE)
     if C_ptr is not None:
-        C_constant = load_matrix(C_ptr, base, edge, 0, dstate, S, R, NT, lane, 1.0)
+        C_constant = load_matrix(C_ptr, base, edge, 0, dstate, lane, S, R, NT, NATIVE)
     u_row = row_of(u_ptr, strides_u, sequence, first, count, row, STRIDE_U, PACKED)
     delta_row = row_of(delta_ptr, strides_delta, sequence, first, count, row, STRIDE_DELTA, PACKED)
     out_row = row_of(out_ptr, strides_out, sequence, first, count, row, STRIDE_OUT, PACKED)
     rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD + begin) * (2 * N) + lane % S * NT
 
-    next_u = load_steps(u_row, part + begin, limit, STRIDE_U, STEPS, LAYOUT_U)
-    next_delta = load_steps(delta_row, part + begin, limit, STRIDE_DELTA, STEPS, LAYOUT_DELTA)
+    next_u = load_steps(u_row, part + begin, limit, STRIDE_U, STEPS, LAYOUT_U, NATIVE)
+    next_delta = load_steps(delta_row, part + begin, limit, STRIDE_DELTA, STEPS, LAYOUT_DELTA, NATIVE)
     if z_ptr is not None:
         z_row = row_of(z_ptr, strides_z, sequence, first, count, row, STRIDE_Z, PACKED)
-        next_z = load_steps(z_row, part + begin, limit, STRIDE_Z, STEPS, LAYOUT_Z)
+        next_z = load_steps(z_row, part + begin, limit, STRIDE_Z, STEPS, LAYOUT_Z, NATIVE)
     if B_ptr is None:
-        next_B = load_rows(rows, T, N, NT)
+        next_B = load_rows(rows, T, N, NT, NATIVE)
     if C_ptr is None:
-        next_C = load_rows(rows + N, T, N, NT)
+        next_C = load_rows(rows + N, T, N, NT, NATIVE)
     for span in range(begin, end, SPAN):
         if states_ptr is not None and not SPLIT:
             for r in tl.static_range(R):
@@ -181,35 +183,35 @@ def _selective_scan_fwd_kernel(
                 values = ()
                 for j in tl.static_range(NT):
                     values = values + (h[r * NT + j],)
-                store_states(at, values, channel < edge, NT)
+                store_numbers(at, values, channel < edge, NT, NATIVE)
         for t in range(span, min(span + SPAN, end), T):
             now = part + t
             u = take_steps(next_u, STRIDE_U, STEPS, LAYOUT_U)
             x = take_steps(next_delta, STRIDE_DELTA, STEPS, LAYOUT_DELTA)
-            next_u = load_steps(u_row, now + T, limit, STRIDE_U, STEPS, LAYOUT_U)
-            next_delta = load_steps(delta_row, now + T, limit, STRIDE_DELTA, STEPS, LAYOUT_DELTA)
+            next_u = load_steps(u_row, now + T, limit, STRIDE_U, STEPS, LAYOUT_U, NATIVE)
+            next_delta = load_steps(delta_row, now + T, limit, STRIDE_DELTA, STEPS, LAYOUT_DELTA, NATIVE)
             if z_ptr is not None:
                 z = take_steps(next_z, STRIDE_Z, STEPS, LAYOUT_Z)
-                next_z = load_steps(z_row, now + T, limit, STRIDE_Z, STEPS, LAYOUT_Z)
+                next_z = load_steps(z_row, now + T, limit, STRIDE_Z, STEPS, LAYOUT_Z, NATIVE)
             rows += T * 2 * N
             if B_ptr is None:
                 this_B = next_B
-                next_B = load_rows(rows, T, N, NT)
+                next_B = load_rows(rows, T, N, NT, NATIVE)
             if C_ptr is None:
                 this_C = next_C
-                next_C = load_rows(rows + N, T, N, NT)
+                next_C = load_rows(rows + N, T, N, NT, NATIVE)
             dt = ()
             dtu = ()
             for i in tl.static_range(STEPS):
                 d = step_size(x[i], bias, now + i < limit, SOFTPLUS, EXACT, NATIVE)
-                dt = dt + (d,)
+                dt = dt + (d * LOG2E,)
                 dtu = dtu + (d * u[i],)
             ys = ()
             for k in tl.static_range(T):
                 if B_ptr is None:
-                    B = take_states(this_B[k], NT)
+                    B = this_B[k]
                 if C_ptr is None:
-                    C = take_states(this_C[k], NT)
+                    C = this_C[k]
                 after = ()
                 for r in tl.static_range(R):
                     if B_ptr is not None:
@@ -224,7 +226,11 @@ def _selective_scan_fwd_kernel(
                         dt_r = from_lane(dt[k % STEPS], source)
                         dtu_r = from_lane(dtu[k % STEPS], source)
                     for j in tl.static_range(NT):
-                        state = exp2(dt_r * A[r * NT + j], NATIVE) * h[r * NT + j] + dtu_r * B[j]
+                        if r * NT + j < POLY:
+                            decay = exp2_polynomial(dt_r * A[r * NT + j])
+                        else:
+                            decay = exp2(dt_r * A[r * NT + j], NATIVE)
+                        state = decay * h[r * NT + j] + dtu_r * B[j]
                         after = after + (state,)
                         if j == 0:
                             y = state * C[0]
@@ -232,24 +238,24 @@ def _selective_scan_fwd_kernel(
                             y += state * C[j]
                     ys = ys + (y,)
                 h = after
-            ys = fold_states(ys, S, R, STEPS, lane)
+            ys = fold_states(ys, S, R, STEPS, PARTS, lane)
             outs = ()
             for i in tl.static_range(STEPS):
                 y = ys[i] + D * u[i]
                 if z_ptr is not None:
                     y *= z[i] * sigmoid(z[i], NATIVE)
                 outs = outs + (y,)
-            store_steps(out_row, now, limit, outs, STRIDE_OUT, STEPS, LAYOUT_OUT)
+            store_steps(out_row, now, limit, outs, STRIDE_OUT, STEPS, LAYOUT_OUT, NATIVE)
     if last_ptr is not None and end == count:
         for r in tl.static_range(R):
             channel = base + ((lane % R) ^ r)
             for j in tl.static_range(NT):
                 state = lane % S * NT + j
                 at = last_ptr + (sequence * dim + channel) * dstate + state
-                tl.store(at, h[r * NT + j], mask=(channel < edge) & (state < dstate))
+                store_one(at, h[r * NT + j], (channel < edge) & (state < dstate), NATIVE)
 
 
-@triton.jit(do_not_specialize=["length"])
+@jit
 def _pack_kernel(
     B_ptr, C_ptr, rows_ptr, cu_seqlens_ptr, length, total_rows, dstate, strides_B, strides_C,
     N: tl.constexpr, PAD: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
