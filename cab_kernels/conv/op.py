@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from cab_kernels._backend import choose_backend
@@ -24,7 +26,7 @@ def causal_conv1d_fn(
     cu_seqlens: torch.Tensor | None = None,
     seq_idx: torch.Tensor | None = None,
     backend: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | Any:  # Any: a pair with return_final_states, which no caller should have to tell apart by type
     """Convolve every channel over time with its own short causal filter, then apply SiLU if asked.
 
     ::
