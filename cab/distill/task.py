@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cab.bridge import Bridges
 from cab.distill.losses import Alignment, distillation_kl
 from cab.distill.schedule import AlignmentSchedule
+from cab.distill.targets import TargetKind, TeacherTargets
 from cab.layer_map import proportional
 from cab.students.student import Student
 from cab.teachers.timm import TimmTeacher
@@ -55,6 +56,7 @@ class DistillationTask(nn.Module):
         bridges: None for a task without alignment.
         weights: of the terms beside the alignment.
         schedule: the weight of the alignment over the run.
+        targets: what the bridges aim at, see :class:`cab.distill.targets.TeacherTargets`.
         layer_map: the teacher layer of each student layer; by default floor(l * T / L).
 
     Raises:
@@ -76,6 +78,7 @@ class DistillationTask(nn.Module):
         *,
         weights: LossWeights | None = None,
         schedule: AlignmentSchedule | None = None,
+        targets: TargetKind = "raw",
         layer_map: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
@@ -95,6 +98,7 @@ class DistillationTask(nn.Module):
         self.layer_map = list(layer_map or proportional(len(student.layers), teacher.num_layers))
         tokens = torch.tensor(token_map(student.token_layout, teacher.token_layout), dtype=torch.int32)
         self.register_buffer("token_index", tokens, persistent=False)
+        self.targets = TeacherTargets(targets, teacher.num_layers, teacher.key_width, teacher.query_width)
         self._check(student, teacher)
 
     def _check(self, student: Student, teacher: TimmTeacher) -> None:
@@ -162,4 +166,4 @@ class DistillationTask(nn.Module):
         if self.bridges is None or not self.alignment_weight:
             return self.student(images), None
         logits, projections = self.student.forward_with_projections(images)
-        return logits, Alignment(self.bridges, projections, self.layer_map, self.token_index)
+        return logits, Alignment(self.bridges, projections, self.targets, self.layer_map, self.token_index)
