@@ -53,8 +53,8 @@ def test_softplus_is_exact_far_from_zero(device):
     delta = torch.tensor([-80.0, -30.0, -16.7, -9.2, -1.0, 0.0, 1.0, 19.99, 20.01, 90.0], device=device)
     delta = delta[:, None, None].requires_grad_()
     ones = torch.ones_like(delta)
-    # After one step, with all else 1, the output is softplus(delta) and its gradient the sigmoid. A hardware exponential
-    # of x is off by a rounding of x: 80 * 2^-24 at worst here.
+    # After one step, with all else 1, the output is softplus(delta) and its gradient the sigmoid. The hardware's
+    # exponential of x is off by a rounding of x: 80 * 2^-24 at worst here.
     out = triton_scan(ones, delta, -ones[0], ones, ones, delta_softplus=True)
     out.sum().backward()
     exact = delta.detach().double()
