@@ -1,20 +1,35 @@
+"""The backward kernel of the selective scan: see README.md for the derivation.
+
+With ``a_t = exp(delta'_t A)`` and ``dh_t`` the gradient of the state::
+
+    dy_t = dout_t silu(z_t)        dh_t = C_t dy_t + a_{t+1} dh_{t+1}        w_t = dh_t a_t h_{t-1}
+    d(delta'_t) = <w_t, A> + <dh_t, B_t> u_t             du_t = <dh_t, B_t> delta'_t + D dy_t
+    dA = sum of w_t delta'_t       dB_t = sum over channels of dh_t delta'_t u_t      dC_t = likewise of h_t dy_t
+
+Work is shared out like forward's, with one twist: lanes of different channels hold their NT states in different orders
+(``j ^ q`` for the q-th lane group), so that the sums over channels, too, fold without selects. They leave one number of
+dB or dC a lane and step, which goes to a row of the block's own in ``drows``; ``_sum_rows_kernel`` adds the rows up.
+
+The states of an iteration are computed again from the one before it, which ``_sweep_kernel`` has written down, and stay
+in registers, with their decays, while the iteration is walked back.
+"""
+
 import triton
 import triton.language as tl
 
 from cab_kernels.scan.device import (
-    LN2,
-    LOG2E,
-    exp2,
+    exponent,
     fold_halves,
     fold_permuted,
     fold_states,
+    from_exponent,
     from_lane,
     jit,
     load_numbers,
     load_one,
     load_steps,
     log2_int,
-    prefetch,
+    power,
     sigmoid,
     store_one,
     store_steps,
@@ -24,7 +39,9 @@ from cab_kernels.scan.forward import channels_of, row_of, sequence_of, source_la
 
 
 @triton.jit
-def _load_permuted(ptr, base, edge, row, width, lane, state, S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr):
+def _load_permuted(
+    ptr, base, edge, row, width, lane, state, S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr
+):
     values = ()
     for r in tl.static_range(R):
         channel = base + ((lane % R) ^ r)
@@ -35,7 +52,20 @@ def _load_permuted(ptr, base, edge, row, width, lane, state, S: tl.constexpr, R:
 
 
 @triton.jit
-def _store_permuted(ptr, base, edge, row, width, lane, state, values, S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr):
+def _store_permuted(
+    ptr,
+    base,
+    edge,
+    row,
+    width,
+    lane,
+    state,
+    values,
+    S: tl.constexpr,
+    R: tl.constexpr,
+    NT: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
     for r in tl.static_range(R):
         channel = base + ((lane % R) ^ r)
         for j in tl.static_range(NT):
@@ -65,15 +95,22 @@ def _selective_scan_bwd_kernel(
     befores_ptr, adjoints_ptr, dlast_ptr,
     du_ptr, ddelta_ptr, dz_ptr, drows_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, dinitial_ptr,
     strides_u, strides_delta, strides_z, strides_dout, strides_du, strides_ddelta, strides_dz,
-    length, channels, groups, dim, dstate, sequences, chunks, blocks, total_rows, first_block, first_channel, befores_dim,
+    length, channels, groups, dim, dstate, sequences, chunks, blocks, total_rows,
+    first_block, first_channel, befores_dim,
     STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_DOUT: tl.constexpr,
     STRIDE_DU: tl.constexpr, STRIDE_DDELTA: tl.constexpr, STRIDE_DZ: tl.constexpr,
     LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_DOUT: tl.constexpr,
     LAYOUT_DU: tl.constexpr, LAYOUT_DDELTA: tl.constexpr, LAYOUT_DZ: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr, SPAN: tl.constexpr, SPLIT: tl.constexpr, PAD: tl.constexpr,
-    WARPS: tl.constexpr, EXACT: tl.constexpr, NATIVE: tl.constexpr, PREFETCH: tl.constexpr,
-):
+    S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
+    SPAN: tl.constexpr, SPLIT: tl.constexpr, PAD: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Owns a span of a block of channels of a sequence, or all of its steps unless SPLIT; walks them back.
+
+    Reads its inputs once and B and C twice; writes du, ddelta, dz, and its part of all sums. A gradient whose pointer
+    is None is not wanted.
+    """
     N: tl.constexpr = S * NT
     U: tl.constexpr = R * NT
     T: tl.constexpr = STEPS * PARTS
@@ -97,7 +134,7 @@ def _selective_scan_bwd_kernel(
             count = length
         end = count
     block = first_block + pid % blocks
-    lane, base, own, edge, group = channels_of(block, channels, groups, S, R, WARPS)
+    lane, base, own, edge, group = channels_of(block, channels, groups, S, R)
     mask = own < edge
     row = tl.where(mask, own, 0)
     part = lane % S // R * STEPS
@@ -118,15 +155,17 @@ def _selective_scan_bwd_kernel(
     if C_ptr is not None:
         C_constant = _load_permuted(C_ptr, base, edge, 0, dstate, lane, state, S, R, NT, NATIVE)
     zeros = ()
-    for i in tl.static_range(U):
-        zeros = zeros + (tl.zeros([WARPS, 32], tl.float32),)
+    for _ in tl.static_range(U):
+        zeros = zeros + (tl.zeros([1, 32], tl.float32),)
     dA = zeros
     dB = zeros
     dC = zeros
-    dD = tl.zeros([WARPS, 32], tl.float32)
-    dbias = tl.zeros([WARPS, 32], tl.float32)
+    dD = tl.zeros([1, 32], tl.float32)
+    dbias = tl.zeros([1, 32], tl.float32)
     if SPLIT:
-        carry = _load_permuted(adjoints_ptr, base, edge, (first // SPAN + sequence + span) * dim, N, lane, state, S, R, NT, NATIVE)
+        carry = _load_permuted(
+            adjoints_ptr, base, edge, (first // SPAN + sequence + span) * dim, N, lane, state, S, R, NT, NATIVE
+        )
     elif dlast_ptr is not None:
         carry = _load_permuted(dlast_ptr, base, edge, sequence * dim, dstate, lane, state, S, R, NT, NATIVE)
     else:
@@ -146,9 +185,8 @@ def _selective_scan_bwd_kernel(
     rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD) * (2 * N)
     # What the fold over channels leaves in each lane: which of (B, C), and which states.
     spare = lane // S // SHARE
-    warp = tl.arange(0, WARPS)[:, None]
     if drows_ptr is not None:
-        drows = drows_ptr + ((block * WARPS + warp).to(tl.int64) * total_rows + first + sequence * PAD) * (2 * N)
+        drows = drows_ptr + (block.to(tl.int64) * total_rows + first + sequence * PAD) * (2 * N)
     top = tl.maximum(begin + (tl.cdiv(end - begin, T) - 1) * T, begin)
 
     next_u = load_steps(u_row, part + top, limit, STRIDE_U, STEPS, LAYOUT_U, NATIVE)
@@ -172,20 +210,14 @@ def _selective_scan_bwd_kernel(
         rows_t = rows + t.to(tl.int64) * (2 * N)
         if drows_ptr is not None:
             drows_t = drows + t.to(tl.int64) * (2 * N)
-        if PREFETCH:
-            line = tl.minimum(lane, T * N // 16 - 1) * 32
-            prefetch(rows + tl.maximum(t - T, begin).to(tl.int64) * (2 * N) + line, NATIVE)
-            line = tl.minimum(lane, tl.maximum(32 // S * R * N // 32, 1) - 1) * 32
-            after = ((first // T + sequence) + tl.maximum(t - T, begin) // T) * befores_dim - first_channel
-            prefetch(befores_ptr + (after + base - lane // S * R) * N + line, NATIVE)
         before = ((first // T + sequence) + t // T) * befores_dim - first_channel
         h0 = _load_permuted(befores_ptr, base, edge, before, N, lane, state, S, R, NT, NATIVE)
         dt = ()
         dtu = ()
         dy = ()
         for i in tl.static_range(STEPS):
-            d = step_size(x[i], bias, now + i < limit, SOFTPLUS, EXACT, NATIVE)
-            dt = dt + (d * LOG2E,)
+            d = step_size(x[i], bias, now + i < limit, SOFTPLUS, NATIVE)
+            dt = dt + (exponent(d, NATIVE),)
             dtu = dtu + (d * u[i],)
             g = dout[i]
             if z_ptr is not None:
@@ -216,7 +248,7 @@ def _selective_scan_bwd_kernel(
                 dt_r = from_lane(dt[k % STEPS], source)
                 dtu_r = from_lane(dtu[k % STEPS], source)
                 for j in tl.static_range(NT):
-                    decay = exp2(dt_r * A[r * NT + j], NATIVE)
+                    decay = power(dt_r * A[r * NT + j], NATIVE)
                     x_new = decay * h[k * U + r * NT + j] + dtu_r * B[j]
                     a = a + (decay,)
                     h = h + (x_new,)
@@ -319,7 +351,7 @@ def _selective_scan_bwd_kernel(
         dus = ()
         ddeltas = ()
         for i in tl.static_range(STEPS):
-            dus = dus + (dxs[i] * (dt[i] * LN2) + D * dy[i],)
+            dus = dus + (dxs[i] * from_exponent(dt[i], NATIVE) + D * dy[i],)
             g = dexps[i] + dxs[i] * u[i]
             if SOFTPLUS:
                 biased = x[i] + bias
@@ -335,7 +367,7 @@ def _selective_scan_bwd_kernel(
     if dA_ptr is not None:
         scaled = ()
         for i in tl.static_range(U):
-            scaled = scaled + (dA[i] * LN2,)
+            scaled = scaled + (from_exponent(dA[i], NATIVE),)
         _store_permuted(dA_ptr, base, edge, task * dim, dstate, lane, state, scaled, S, R, NT, NATIVE)
     if B_ptr is not None and dB_ptr is not None:
         _store_permuted(dB_ptr, base, edge, task * dim, dstate, lane, state, dB, S, R, NT, NATIVE)
@@ -356,8 +388,20 @@ def _selective_scan_bwd_kernel(
 
 @jit
 def _sum_rows_kernel(
-    drows_ptr, dB_ptr, dC_ptr, cu_seqlens_ptr, length, total_rows, dstate, blocks, strides_dB, strides_dC,
-    N: tl.constexpr, PAD: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+    drows_ptr,
+    dB_ptr,
+    dC_ptr,
+    cu_seqlens_ptr,
+    length,
+    total_rows,
+    dstate,
+    blocks,
+    strides_dB,
+    strides_dC,
+    N: tl.constexpr,
+    PAD: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Owns BLOCK steps of a sequence and group: adds up what the group's blocks of channels gave dB and dC."""
     steps = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

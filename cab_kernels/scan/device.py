@@ -1,6 +1,6 @@
 """What the scan's kernels do within one thread or one warp: elementary functions, and exchanges between lanes.
 
-Every tensor here is (warps, 32), one number a lane, and a tuple of them is what a lane holds in its registers. The
+Every tensor here is (1, 32), one number a lane, and a tuple of them is what a lane holds in its registers. The
 instructions of NVIDIA GPUs stand here alone, each with its portable twin, which other GPUs and the interpreter run
 (``NATIVE`` chooses). Triton's own functions would be right too, at two to eight instructions where one will do.
 """
@@ -18,9 +18,7 @@ def jit(function):
     """``triton.jit`` of a kernel that is compiled once for all values of its arguments but the constexprs."""
     parameters = inspect.signature(function).parameters.items()
     names = [name for name, p in parameters if p.annotation is not tl.constexpr]
-    kernel = triton.jit(function, do_not_specialize=names)
-    kernel.runtime_names = frozenset(names)
-    return kernel
+    return triton.jit(function, do_not_specialize=names)
 
 
 @triton.constexpr_function
@@ -29,31 +27,22 @@ def log2_int(count):
 
 
 @triton.jit
-def exp2(x, NATIVE: tl.constexpr):
-    """2 to the x, to 2 units in the last place; a result below 2**-126 is zero."""
+def exponent(x, NATIVE: tl.constexpr):
+    """x in the unit that ``power`` takes: NVIDIA's instruction is a power of two."""
+    return x * LOG2E if NATIVE else x
+
+
+@triton.jit
+def from_exponent(x, NATIVE: tl.constexpr):
+    return x * LN2 if NATIVE else x
+
+
+@triton.jit
+def power(x, NATIVE: tl.constexpr):
+    """exp of what ``exponent`` made x of; on NVIDIA to 2 units in the last place, and zero below 2**-126."""
     if NATIVE:
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
-    return tl.exp2(tl.minimum(x, 127.0))  # so that nothing overflows, which the interpreter minds
-
-
-@triton.jit
-def exp2_polynomial(x):
-    """2 to the x on the multiply-add pipe, to 3e-6, for x up to 127; exact at 0, so that a slow decay stays slow."""
-    x = tl.maximum(x, -126.0)
-    shifted = x + 12582912.0  # rounds to an integer, which stands in the low bits
-    f = x - (shifted - 12582912.0)
-    p = 0.00958286 * f + 0.05590646
-    p = p * f + 0.24024099
-    p = p * f + 0.69312419
-    p = p * f + 1.0
-    return (p.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def log2(x, NATIVE: tl.constexpr):
-    if NATIVE:
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
-    return tl.log2(x)
+    return tl.exp(tl.minimum(x, 88.0))  # so that nothing overflows, which the interpreter minds
 
 
 @triton.jit
@@ -64,31 +53,29 @@ def reciprocal(x, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def log1p(x, EXACT: tl.constexpr, NATIVE: tl.constexpr):
-    """log(1 + x) for x >= 0, to a few units in the last place if EXACT, else to 1e-4 of itself."""
-    if EXACT:
-        # 1 + x = 2**k (1 + f) with f in [-1/3, 1/3); what the sum 1 + x lost goes back into f.
-        total = 1.0 + x
-        lost = tl.where(total < 16777216.0, x - (total - 1.0), 0.0)
-        bits = total.to(tl.int32, bitcast=True)
-        power = (bits - 0x3F2AAAAB) & -0x00800000
-        f = (bits - power).to(tl.float32, bitcast=True) - 1.0
-        f += lost * (0x3F800000 - power).to(tl.float32, bitcast=True)
-        p = -0.1395808 * f + 0.1457305
-        p = p * f - 0.1219486
-        p = p * f + 0.1402235
-        p = p * f - 0.1668143
-        p = p * f + 0.2000124
-        p = p * f - 0.2499988
-        p = p * f + 0.3333331
-        p = p * f - 0.5
-        return power.to(tl.float32) * (LN2 * 1.1920928955078125e-07) + (p * (f * f) + f)
-    return tl.where(x < 0.015625, x - 0.5 * x * x, log2(1.0 + x, NATIVE) * LN2)
+def log1p(x):
+    """log(1 + x) for x >= 0, to a few units in the last place."""
+    # 1 + x = 2**k (1 + f) with f in [-1/3, 1/3); what the sum 1 + x lost goes back into f.
+    total = 1.0 + x
+    lost = tl.where(total < 16777216.0, x - (total - 1.0), 0.0)
+    bits = total.to(tl.int32, bitcast=True)
+    power = (bits - 0x3F2AAAAB) & -0x00800000
+    f = (bits - power).to(tl.float32, bitcast=True) - 1.0
+    f += lost * (0x3F800000 - power).to(tl.float32, bitcast=True)
+    p = -0.1395808 * f + 0.1457305
+    p = p * f - 0.1219486
+    p = p * f + 0.1402235
+    p = p * f - 0.1668143
+    p = p * f + 0.2000124
+    p = p * f - 0.2499988
+    p = p * f + 0.3333331
+    p = p * f - 0.5
+    return power.to(tl.float32) * (LN2 * 1.1920928955078125e-07) + (p * (f * f) + f)
 
 
 @triton.jit
 def sigmoid(x, NATIVE: tl.constexpr):
-    return reciprocal(1.0 + exp2(x * -LOG2E, NATIVE), NATIVE)
+    return reciprocal(1.0 + power(exponent(-x, NATIVE), NATIVE), NATIVE)
 
 
 @triton.jit
@@ -114,7 +101,7 @@ def fold_permuted(values, GROUPS: tl.constexpr, HALF: tl.constexpr, lane, DISTAN
 
 @triton.jit
 def fold_halves(values, HALF: tl.constexpr, lane, DISTANCE: tl.constexpr):
-    """Add pairs of lanes; a lane whose bit DISTANCE is set keeps the second half of the values, its partner the first."""
+    """Add pairs of lanes; one whose bit DISTANCE is set keeps the second half of the values, its partner the first."""
     high = (lane & DISTANCE) != 0
     folded = ()
     for i in tl.static_range(HALF):
@@ -141,31 +128,30 @@ def fold_states(values, S: tl.constexpr, R: tl.constexpr, STEPS: tl.constexpr, P
 
 @triton.jit
 def unstack(tile, COUNT: tl.constexpr):
-    """A (warps, 32, COUNT) tile as a tuple of COUNT tensors."""
+    """A (1, 32, COUNT) tile as a tuple of COUNT tensors."""
     parts = (tile,)
     for level in tl.static_range(1, log2_int(COUNT) + 1):
         halves = ()
         for part in tl.static_range(1 << (level - 1)):
-            wide = tl.reshape(parts[part], [tile.shape[0], 32, 2, COUNT >> level])
+            wide = tl.reshape(parts[part], [1, 32, 2, COUNT >> level])
             low, high = tl.split(tl.permute(wide, [0, 1, 3, 2]))
             halves = halves + (low, high)
         parts = halves
     flat = ()
     for part in tl.static_range(COUNT):
-        flat = flat + (tl.reshape(parts[part], [tile.shape[0], 32]),)
+        flat = flat + (tl.reshape(parts[part], [1, 32]),)
     return flat
 
 
 @triton.jit
 def stack(parts, COUNT: tl.constexpr):
-    """A tuple of COUNT tensors as a (warps, 32, COUNT) tile: the reverse of ``unstack``."""
-    WARPS: tl.constexpr = parts[0].shape[0]
+    """A tuple of COUNT tensors as a (1, 32, COUNT) tile: the reverse of ``unstack``."""
     for level in tl.static_range(1, log2_int(COUNT) + 1):
         joined = ()
         for part in tl.static_range(COUNT >> level):
             joined = joined + (tl.join(parts[part], parts[part + (COUNT >> level)]),)
         parts = joined
-    return tl.reshape(parts[0], [WARPS, 32, COUNT])
+    return tl.reshape(parts[0], [1, 32, COUNT])
 
 
 @triton.jit
@@ -179,7 +165,9 @@ def _tile(row, first, count, STRIDE: tl.constexpr, STEPS: tl.constexpr, ALIGNED:
         steps = first[:, :, None] + (STEPS - 1 - offs)
         at = row[:, :, None] - (first[:, :, None] + (STEPS - 1)) + offs
     if ALIGNED:
-        at = tl.max_contiguous(tl.multiple_of(at, [1, 1, STEPS * row.dtype.element_ty.primitive_bitwidth // 8]), [1, 1, STEPS])
+        at = tl.max_contiguous(
+            tl.multiple_of(at, [1, 1, STEPS * row.dtype.element_ty.primitive_bitwidth // 8]), [1, 1, STEPS]
+        )
         mask = (first < count)[:, :, None]
     else:
         mask = steps < count[:, :, None]
@@ -225,21 +213,19 @@ def store_one(at, value, mask, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def prefetch(at, NATIVE: tl.constexpr):
-    """Ask for the lines of memory that hold these addresses, one a lane."""
-    if NATIVE:
-        tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [at], tl.int32, False, 1)
-
-
-@triton.jit
 def load_numbers(at, COUNT: tl.constexpr, AGAIN: tl.constexpr, NATIVE: tl.constexpr):
-    """COUNT (1, 2, or a multiple of 4) neighbouring float32 a lane. AGAIN marks a second load of the same numbers, which
-    the compiler would else merge with the first, at the price of registers."""
+    """COUNT (1, 2, or a multiple of 4) neighbouring float32 a lane.
+
+    AGAIN marks a second load of the same numbers: the compiler would merge it with the first and hold them in
+    registers, were it not another instruction.
+    """
     values = ()
     if NATIVE:
         if COUNT == 1:
             if AGAIN:
-                x = tl.inline_asm_elementwise("ld.global.L1::evict_last.f32 $0, [$1];", "=r,l", [at], tl.float32, True, 1)
+                x = tl.inline_asm_elementwise(
+                    "ld.global.L1::evict_last.f32 $0, [$1];", "=r,l", [at], tl.float32, True, 1
+                )
             else:
                 x = tl.inline_asm_elementwise("ld.global.nc.f32 $0, [$1];", "=r,l", [at], tl.float32, True, 1)
             values = (x,)
@@ -268,7 +254,10 @@ def store_numbers(at, values, mask, COUNT: tl.constexpr, NATIVE: tl.constexpr):
             tl.inline_asm_elementwise(
                 "{.reg .pred p; setp.ne.s32 p, $6, 0; @p st.global.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;}",
                 "=r,l,r,r,r,r,r",
-                [(at + 4 * i).to(tl.int64), values[4 * i], values[4 * i + 1], values[4 * i + 2], values[4 * i + 3], flag],
+                [
+                    (at + 4 * i).to(tl.int64), values[4 * i], values[4 * i + 1], values[4 * i + 2], values[4 * i + 3],
+                    flag,
+                ],
                 tl.int32, False, 1,
             )  # fmt: skip
     else:

@@ -1,10 +1,29 @@
+"""The forward kernel of the selective scan, and what the other kernels share of it.
+
+Per channel, a state ``h`` of ``dstate`` numbers (Mamba, arXiv:2312.00752, where h, x, B, C, Delta, A are h, u, B, C,
+delta and A here)::
+
+    delta'_t = softplus(delta_t + delta_bias)
+    h_t      = exp(delta'_t A) h_{t-1} + delta'_t u_t B_t
+    y_t      = <C_t, h_t> + D u_t,   out_t = y_t silu(z_t)
+
+How a warp shares this out. ``S`` lanes share a channel and hold ``NT`` of its states each, in registers; each works on
+``R`` neighbouring channels, so a warp has ``32 / S * R`` of them, and time is a plain loop. What is per channel and
+step (softplus, gate, loads and stores) would be done S times over: so an iteration takes ``STEPS * PARTS`` steps, and
+a lane owns ``STEPS`` of them of one of its R channels. It hands delta' and delta' u to the lanes of its channel by
+shuffles, and the lanes' parts of y come back to it by folds (``fold_states``). The r-th channel of a lane is
+``lane ^ r`` among its R, so that these folds need no selects.
+
+B and C are read by step, all states side by side, in float32: ``_pack_kernel`` lays them out so, once a call, in the
+order of the scan. The loads of an iteration are issued one iteration ahead: with a few warps a scheduler, latency
+bounds this kernel, and then the exponentials.
+"""
+
 import triton
 import triton.language as tl
 
 from cab_kernels.scan.device import (
-    LOG2E,
-    exp2,
-    exp2_polynomial,
+    exponent,
     fold_states,
     from_lane,
     jit,
@@ -12,6 +31,7 @@ from cab_kernels.scan.device import (
     load_one,
     load_steps,
     log1p,
+    power,
     sigmoid,
     store_numbers,
     store_one,
@@ -44,18 +64,17 @@ def sequence_of(task, length, chunks, cu_seqlens_ptr, sequences, size):
 
 
 @triton.jit
-def channels_of(block, channels, groups, S: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr):
+def channels_of(block, channels, groups, S: tl.constexpr, R: tl.constexpr):
     """Which channel each lane owns, and which R it works on: the r-th is ``base + ((lane % R) ^ r)``.
 
     Blocks never straddle two groups, of ``channels`` channels each. Returns lane, base, own, the end of the group, and
     the group.
     """
-    SIZE: tl.constexpr = WARPS * 32 // S * R
+    SIZE: tl.constexpr = 32 // S * R
     blocks = tl.cdiv(channels, SIZE)
     group = block // blocks
-    lane = tl.arange(0, 32)[None, :] + tl.zeros([WARPS, 1], tl.int32)
-    warp = tl.arange(0, WARPS)[:, None]
-    base = group * channels + block % blocks * SIZE + warp * (32 // S * R) + lane // S * R
+    lane = tl.arange(0, 32)[None, :]
+    base = group * channels + block % blocks * SIZE + lane // S * R
     return lane, base, base + lane % R, (group + 1) * channels, group
 
 
@@ -72,7 +91,9 @@ def row_of(ptr, strides, sequence, first, end, channel, STRIDE: tl.constexpr, PA
 
 
 @triton.jit
-def load_matrix(ptr, base, end, row, dstate, lane, S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr):
+def load_matrix(
+    ptr, base, end, row, dstate, lane, S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr
+):
     """A lane's part of a (channels, dstate) matrix: R x NT numbers, zero beyond its edges."""
     values = ()
     for r in tl.static_range(R):
@@ -85,11 +106,11 @@ def load_matrix(ptr, base, end, row, dstate, lane, S: tl.constexpr, R: tl.conste
 
 
 @triton.jit
-def step_size(x, bias, valid, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, NATIVE: tl.constexpr):
+def step_size(x, bias, valid, SOFTPLUS: tl.constexpr, NATIVE: tl.constexpr):
     """delta', zero where there is no step: such a step changes no state."""
     x += bias
     if SOFTPLUS:
-        x = tl.where(x > 20.0, x, log1p(exp2(x * LOG2E, NATIVE), EXACT, NATIVE))
+        x = tl.where(x > 20.0, x, log1p(power(exponent(x, NATIVE), NATIVE)))
     return tl.where(valid, x, 0.0)
 
 
@@ -109,15 +130,22 @@ def load_rows(rows, T: tl.constexpr, N: tl.constexpr, NT: tl.constexpr, NATIVE: 
 
 @jit
 def _selective_scan_fwd_kernel(
-    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, rows_ptr, D_ptr, z_ptr, delta_bias_ptr, initial_ptr, cu_seqlens_ptr, out_ptr, states_ptr, last_ptr,
+    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, rows_ptr, D_ptr, z_ptr, delta_bias_ptr, initial_ptr, cu_seqlens_ptr,
+    out_ptr, states_ptr, last_ptr,
     strides_u, strides_delta, strides_z, strides_out,
     length, channels, groups, dim, dstate, sequences, chunk, chunks, blocks, total_rows,
     STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_OUT: tl.constexpr,
     LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_OUT: tl.constexpr,
     SOFTPLUS: tl.constexpr, SPLIT: tl.constexpr,
-    S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr, SPAN: tl.constexpr, PAD: tl.constexpr,
-    WARPS: tl.constexpr, EXACT: tl.constexpr, NATIVE: tl.constexpr, POLY: tl.constexpr,
-):
+    S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
+    SPAN: tl.constexpr, PAD: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Owns a block of channels of a sequence, or of one chunk of it if SPLIT.
+
+    Reads its inputs once and writes the output and the last state; and the state before every SPAN steps to states_ptr,
+    (spans, dim, N), for backward, or, if SPLIT, reads there what it starts from.
+    """
     N: tl.constexpr = S * NT
     T: tl.constexpr = STEPS * PARTS
     PACKED: tl.constexpr = cu_seqlens_ptr is not None
@@ -136,7 +164,7 @@ def _selective_scan_fwd_kernel(
             first = sequence * length
             count = length
         end = count
-    lane, base, own, edge, group = channels_of(pid % blocks, channels, groups, S, R, WARPS)
+    lane, base, own, edge, group = channels_of(pid % blocks, channels, groups, S, R)
     mask = own < edge
     row = tl.where(mask, own, 0)
     part = lane % S // R * STEPS
@@ -149,8 +177,8 @@ def _selective_scan_fwd_kernel(
         h = load_matrix(initial_ptr, base, edge, sequence * dim, dstate, lane, S, R, NT, NATIVE)
     else:
         h = ()
-        for i in tl.static_range(R * NT):
-            h = h + (tl.zeros([WARPS, 32], tl.float32),)
+        for _ in tl.static_range(R * NT):
+            h = h + (tl.zeros([1, 32], tl.float32),)
     D = 0.0
     if D_ptr is not None:
         D = tl.load(D_ptr + row).to(tl.float32)
@@ -203,8 +231,8 @@ def _selective_scan_fwd_kernel(
             dt = ()
             dtu = ()
             for i in tl.static_range(STEPS):
-                d = step_size(x[i], bias, now + i < limit, SOFTPLUS, EXACT, NATIVE)
-                dt = dt + (d * LOG2E,)
+                d = step_size(x[i], bias, now + i < limit, SOFTPLUS, NATIVE)
+                dt = dt + (exponent(d, NATIVE),)
                 dtu = dtu + (d * u[i],)
             ys = ()
             for k in tl.static_range(T):
@@ -226,10 +254,7 @@ def _selective_scan_fwd_kernel(
                         dt_r = from_lane(dt[k % STEPS], source)
                         dtu_r = from_lane(dtu[k % STEPS], source)
                     for j in tl.static_range(NT):
-                        if r * NT + j < POLY:
-                            decay = exp2_polynomial(dt_r * A[r * NT + j])
-                        else:
-                            decay = exp2(dt_r * A[r * NT + j], NATIVE)
+                        decay = power(dt_r * A[r * NT + j], NATIVE)
                         state = decay * h[r * NT + j] + dtu_r * B[j]
                         after = after + (state,)
                         if j == 0:
@@ -257,10 +282,21 @@ def _selective_scan_fwd_kernel(
 
 @jit
 def _pack_kernel(
-    B_ptr, C_ptr, rows_ptr, cu_seqlens_ptr, length, total_rows, dstate, strides_B, strides_C,
-    N: tl.constexpr, PAD: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+    B_ptr,
+    C_ptr,
+    rows_ptr,
+    cu_seqlens_ptr,
+    length,
+    total_rows,
+    dstate,
+    strides_B,
+    strides_C,
+    N: tl.constexpr,
+    PAD: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Owns BLOCK steps of a sequence and group: B and C side by side in float32, in the order of the scan, then zeros."""
+    """Owns BLOCK steps of a sequence and group: lays B and C side by side, in the order of the scan, then zeros."""
     steps = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     sequence = tl.program_id(0).to(tl.int64)
     group = tl.program_id(2).to(tl.int64)

@@ -25,12 +25,10 @@ class Tiling:
     NT: int
     STEPS: int
     PARTS: int
-    WARPS: int = 1
-    registers: int | None = None
 
     @property
     def channels(self) -> int:
-        return self.WARPS * 32 // self.S * self.R
+        return 32 // self.S * self.R
 
     @property
     def steps(self) -> int:
@@ -49,10 +47,9 @@ TILINGS = {
     128: Tiling(32, 2, 4, 1, 8),
     256: Tiling(32, 1, 8, 1, 8),
 }
-FORWARD_TILINGS = TILINGS
+# Where steps lie side by side in memory, a lane that owns fewer of them loads them better.
+BY_LENGTH = {16: Tiling(8, 2, 2, 2, 4)}
 SPAN = 128  # steps between the states that forward keeps
-POLYNOMIALS = 0.25
-PREFETCH = True
 FILL = 1024  # programs that fill a GPU
 
 
@@ -71,7 +68,6 @@ class _Call:
         self.span = max(SPAN, 2 * self.N)
         self.reverse, self.softplus = reverse, delta_softplus
         self.device = u.device
-        self.exact = u.dtype == torch.float32
         self.native = u.is_cuda and not interpreting() and torch.version.hip is None
         self.rows: Tensor | None = None
 
@@ -135,17 +131,12 @@ class _Call:
             "SOFTPLUS": self.softplus,
             "SPAN": self.span,
             "PAD": PAD,
-            "EXACT": self.exact,
             "NATIVE": self.native,
-            **{name: getattr(tiling, name) for name in ("S", "R", "NT", "STEPS", "PARTS", "WARPS")},
-            "num_warps": tiling.WARPS,
+            **{name: getattr(tiling, name) for name in ("S", "R", "NT", "STEPS", "PARTS")},
+            "num_warps": 1,
             "num_stages": 1,
             "enable_fp_fusion": True,
         }
-
-    def polynomials(self, tiling: Tiling) -> int:
-        """How many of a lane's exponentials an iteration takes from the multiply-add pipe."""
-        return 0 if self.exact or tiling.NT < 2 else int(tiling.R * tiling.NT * POLYNOMIALS)
 
     def pack(self) -> None:
         """Lay B and C out by step, in float32, in the order of the scan."""
@@ -154,9 +145,7 @@ class _Call:
         if B is None and C is None:
             return
         block = max(16, min(64, 2048 // self.N))
-        _launch(
-            _pack_kernel,
-            (self.sequences, triton.cdiv(self.length + PAD, block), self.groups),
+        _pack_kernel[(self.sequences, triton.cdiv(self.length + PAD, block), self.groups)](
             B_ptr=B,
             C_ptr=C,
             rows_ptr=self.rows,
@@ -177,9 +166,7 @@ class _Call:
     def chain(self, parts, decays, start, backward: bool, channels: tuple[int, int]) -> None:
         """Turn what each span adds to the states into what it starts from."""
         block = 128
-        _launch(
-            _chain_kernel,
-            (triton.cdiv((channels[1] - channels[0]) * self.N, block), self.sequences),
+        _chain_kernel[(triton.cdiv((channels[1] - channels[0]) * self.N, block), self.sequences)](
             parts_ptr=parts,
             decays_ptr=decays,
             start_ptr=start,
@@ -205,33 +192,6 @@ class _Call:
         return [*starts, self.dim]
 
 
-_COMPILED: dict[tuple, triton.compiler.CompiledKernel] = {}
-
-
-def _launch(kernel, grid: tuple[int, ...], **arguments) -> None:
-    """``kernel[grid](**arguments)`` at a third of the time on the CPU, which is what bounds small problems."""
-    if interpreting():
-        kernel[grid](**arguments)
-        return
-    key = (kernel, torch.cuda.current_device(), *(
-        _type_of(value) if name in kernel.runtime_names else value for name, value in arguments.items()
-    ))
-    compiled = _COMPILED.get(key)
-    if compiled is None:
-        compiled = _COMPILED[key] = kernel.warmup(grid=grid, **arguments)
-    if grid[0]:
-        compiled[(*grid, 1, 1)[:3]](*[arguments[name] for name in kernel.arg_names])
-
-
-def _type_of(value):
-    """All that the compiler may know of an argument that is not a constexpr."""
-    if isinstance(value, Tensor):
-        return value.dtype
-    if isinstance(value, int):
-        return -(2**31) <= value < 2**31
-    return None if value is None else tuple(map(_type_of, value))
-
-
 def _strides(tensor: Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None else tensor.stride()
 
@@ -250,7 +210,9 @@ def selective_scan_fwd(
     """Run the forward kernel; the last state is empty unless asked for."""
     out, last_state, states = _new_results(u, A, cu_seqlens, return_last_state, keep)
     call = _Call(u, A, B, C, cu_seqlens, delta_softplus, reverse)
-    tiling = FORWARD_TILINGS[call.N]
+    tiling = TILINGS[call.N]
+    if u.stride(2) == 1:
+        tiling = BY_LENGTH.get(call.N, tiling)
     A, D, delta_bias, initial_state = map(_contiguous, (A, D, delta_bias, initial_state))
     blocks = call.blocks(tiling)
     pieces = _pieces(call, blocks)
@@ -268,11 +230,9 @@ def selective_scan_fwd(
             if not keep:
                 states = call.new(call.numbered(call.span), call.dim, call.N)
             decays = torch.empty_like(states)
-            sweep = FORWARD_TILINGS[call.N]
+            sweep = TILINGS[call.N]
             tasks, chunks = call.tasks(call.span)
-            _launch(
-                _sweep_kernel,
-                (call.blocks(sweep) * tasks,),
+            _sweep_kernel[(call.blocks(sweep) * tasks,)](
                 **{**inputs, **call.activation("z", None, sweep)},
                 **call.activation("dout", None, sweep),
                 states_ptr=states,
@@ -284,7 +244,6 @@ def selective_scan_fwd(
                 first_block=0,
                 first_channel=0,
                 befores_dim=0,
-                POLY=call.polynomials(sweep),
                 LOCAL=True,
                 ADJOINT=False,
                 **call.shared(sweep),
@@ -292,9 +251,7 @@ def selective_scan_fwd(
             call.chain(states, decays, initial_state, False, (0, call.dim))
         chunk = triton.cdiv(triton.cdiv(call.length, pieces), call.span) * call.span
         tasks = call.sequences if pieces == 1 else call.tasks(chunk)[0]
-        _launch(
-            _selective_scan_fwd_kernel,
-            (blocks * tasks,),
+        _selective_scan_fwd_kernel[(blocks * tasks,)](
             **inputs,
             D_ptr=D,
             initial_ptr=initial_state,
@@ -305,7 +262,6 @@ def selective_scan_fwd(
             chunks=tasks // max(1, call.sequences),
             blocks=blocks,
             SPLIT=pieces > 1,
-            POLY=call.polynomials(tiling),
             **call.shared(tiling),
         )
     return out, last_state, states
@@ -341,7 +297,7 @@ def selective_scan_bwd(
         "dbias": _parts(call, ddelta_bias, main_tasks),
     }
     sum_rows = (dB is not None and B.dim() > 2) or (dC is not None and C.dim() > 2)
-    drows = call.new(blocks * tiling.WARPS, call.total_rows, 2, call.N) if sum_rows else None
+    drows = call.new(blocks, call.total_rows, 2, call.N) if sum_rows else None
     dinitial = None if dinitial_state is None else call.new(*dinitial_state.shape)
     decays = torch.empty_like(states) if split else None
     adjoints = torch.empty_like(states) if split else None
@@ -361,9 +317,7 @@ def selective_scan_bwd(
             count = min(per_slice, blocks - block)
             channels = first_channels[block], first_channels[block + count]
             place = {"blocks": count, "first_block": block, "first_channel": channels[0], "befores_dim": width}
-            _launch(
-                _sweep_kernel,
-                (count * tasks,),
+            _sweep_kernel[(count * tasks,)](
                 **shared,
                 **place,
                 states_ptr=states,
@@ -372,14 +326,11 @@ def selective_scan_bwd(
                 adjoints_ptr=adjoints,
                 chunks=chunks,
                 LOCAL=False,
-                POLY=call.polynomials(tiling),
                 ADJOINT=split,
             )
             if split:
                 call.chain(adjoints, decays, dlast_state, True, channels)
-            _launch(
-                _selective_scan_bwd_kernel,
-                (count * main_tasks,),
+            _selective_scan_bwd_kernel[(count * main_tasks,)](
                 **shared,
                 **place,
                 D_ptr=D,
@@ -394,8 +345,6 @@ def selective_scan_bwd(
                 dinitial_ptr=dinitial,
                 chunks=chunks,
                 SPLIT=split,
-                PREFETCH=PREFETCH,
-                **({"maxnreg": tiling.registers} if tiling.registers and call.native else {}),
             )
         if sum_rows:
             _sum_rows(call, drows, dB if B.dim() > 2 else None, dC if C.dim() > 2 else None)
@@ -417,18 +366,16 @@ def _parts(call: _Call, gradient: Tensor | None, tasks: int) -> Tensor | None:
 
 def _blocks_at_once(call: _Call, tiling: Tiling, u: Tensor, blocks: int) -> int:
     """How many blocks of channels share the scratch for states, which is to be no larger than u, delta, z and out."""
-    needed = call.numbered(tiling.steps) * call.dim * call.N * 4
-    allowed = 4 * u.numel() * u.element_size()
-    return max(1, min(blocks, blocks * allowed // max(1, needed)))
+    needed = triton.cdiv(call.batch * call.length, tiling.steps) * call.dim * call.N * 4
+    slices = triton.cdiv(needed, max(1, 4 * u.numel() * u.element_size()))
+    return max(1, triton.cdiv(blocks, max(1, slices)))
 
 
 def _sum_rows(call: _Call, drows: Tensor, dB: Tensor | None, dC: Tensor | None) -> None:
     """Add up what the blocks of channels gave dB and dC."""
     dB, dC = (x.unsqueeze(1) if x is not None and x.dim() == 3 else x for x in (dB, dC))
     block = max(4, min(32, 1024 // call.N))
-    _launch(
-        _sum_rows_kernel,
-        (call.sequences, triton.cdiv(call.length, block), call.groups),
+    _sum_rows_kernel[(call.sequences, triton.cdiv(call.length, block), call.groups)](
         drows_ptr=drows,
         dB_ptr=dB,
         dC_ptr=dC,
@@ -531,7 +478,9 @@ def selective_scan_backward(
 
 
 @selective_scan_backward.register_fake
-def _(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, states, softplus, reverse, wanted):
+def _(
+    dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, states, softplus, reverse, wanted
+):
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     return [torch.empty_like(x) for x, want in zip(inputs, wanted, strict=True) if want]
 

@@ -1,7 +1,25 @@
+"""The states of the selective scan without its outputs: what splits a sequence in time, and starts backward.
+
+Over a span of steps the state goes from ``h`` to ``decay h + part``: decay is the product of the steps' decays, part
+what the span makes from zero. The gradient ``g`` of the state goes the other way, by the same decay, from what the span
+hands on to ``decay g + adjoint``, adjoint being the sum over the span's steps of the decays so far times ``C_t dy_t``.
+All spans are swept at once, and ``_chain_kernel`` puts their parts together, one multiply-add a span.
+"""
+
 import triton
 import triton.language as tl
 
-from cab_kernels.scan.device import LOG2E, exp2, exp2_polynomial, from_lane, jit, load_steps, log2_int, sigmoid, store_numbers, take_steps
+from cab_kernels.scan.device import (
+    exponent,
+    from_lane,
+    jit,
+    load_steps,
+    log2_int,
+    power,
+    sigmoid,
+    store_numbers,
+    take_steps,
+)
 from cab_kernels.scan.forward import channels_of, load_matrix, load_rows, row_of, sequence_of, source_lane, step_size
 
 
@@ -24,13 +42,21 @@ def _sweep_kernel(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, rows_ptr, z_ptr, delta_bias_ptr, dout_ptr, cu_seqlens_ptr,
     states_ptr, befores_ptr, decays_ptr, adjoints_ptr,
     strides_u, strides_delta, strides_z, strides_dout,
-    length, channels, groups, dim, dstate, sequences, chunks, blocks, total_rows, first_block, first_channel, befores_dim,
+    length, channels, groups, dim, dstate, sequences, chunks, blocks, total_rows,
+    first_block, first_channel, befores_dim,
     STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_DOUT: tl.constexpr,
     LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_DOUT: tl.constexpr,
     SOFTPLUS: tl.constexpr, LOCAL: tl.constexpr, ADJOINT: tl.constexpr,
-    S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr, SPAN: tl.constexpr, PAD: tl.constexpr,
-    WARPS: tl.constexpr, EXACT: tl.constexpr, NATIVE: tl.constexpr, POLY: tl.constexpr,
-):
+    S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
+    SPAN: tl.constexpr, PAD: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Owns a span of a block of channels of a sequence; shared out like the forward kernel.
+
+    LOCAL: starts from zero, and writes the part and the decay of its span. Otherwise starts from the state that forward
+    kept, and writes the state before every iteration to befores_ptr, (iterations, befores_dim, N); and if ADJOINT also
+    the span's adjoint and decay.
+    """
     N: tl.constexpr = S * NT
     T: tl.constexpr = STEPS * PARTS
     PACKED: tl.constexpr = cu_seqlens_ptr is not None
@@ -38,7 +64,7 @@ def _sweep_kernel(
     sequence, span, first, count = sequence_of(pid // blocks, length, chunks, cu_seqlens_ptr, sequences, SPAN)
     begin = span * SPAN
     end = min(begin + SPAN, count)
-    lane, base, own, edge, group = channels_of(first_block + pid % blocks, channels, groups, S, R, WARPS)
+    lane, base, own, edge, group = channels_of(first_block + pid % blocks, channels, groups, S, R)
     mask = own < edge
     row = tl.where(mask, own, 0)
     part = lane % S // R * STEPS
@@ -54,16 +80,16 @@ def _sweep_kernel(
         C_constant = load_matrix(C_ptr, base, edge, 0, dstate, lane, S, R, NT, NATIVE)
     zeros = ()
     ones = ()
-    for i in tl.static_range(R * NT):
-        zeros = zeros + (tl.zeros([WARPS, 32], tl.float32),)
-        ones = ones + (tl.full([WARPS, 32], 1.0, tl.float32),)
+    for _ in tl.static_range(R * NT):
+        zeros = zeros + (tl.zeros([1, 32], tl.float32),)
+        ones = ones + (tl.full([1, 32], 1.0, tl.float32),)
     if LOCAL:
         h = zeros
     else:
         h = load_matrix(states_ptr, base, edge, slot * dim, N, lane, S, R, NT, NATIVE)
     decay = ones
     adjoint = zeros
-    elapsed = tl.zeros([WARPS, 32], tl.float32)
+    elapsed = tl.zeros([1, 32], tl.float32)
 
     u_row = row_of(u_ptr, strides_u, sequence, first, count, row, STRIDE_U, PACKED)
     delta_row = row_of(delta_ptr, strides_delta, sequence, first, count, row, STRIDE_DELTA, PACKED)
@@ -106,9 +132,9 @@ def _sweep_kernel(
         dtu = ()
         dy = ()
         for i in tl.static_range(STEPS):
-            d = step_size(x[i], bias, now + i < limit, SOFTPLUS, EXACT, NATIVE)
-            elapsed += d * LOG2E
-            dt = dt + (d * LOG2E,)
+            d = step_size(x[i], bias, now + i < limit, SOFTPLUS, NATIVE)
+            elapsed += exponent(d, NATIVE)
+            dt = dt + (exponent(d, NATIVE),)
             dtu = dtu + (d * u[i],)
             if ADJOINT:
                 g = dout[i]
@@ -140,10 +166,7 @@ def _sweep_kernel(
                     if ADJOINT:
                         dy_r = from_lane(dy[k % STEPS], source)
                 for j in tl.static_range(NT):
-                    if r * NT + j < POLY:
-                        a = exp2_polynomial(dt_r * A[r * NT + j])
-                    else:
-                        a = exp2(dt_r * A[r * NT + j], NATIVE)
+                    a = power(dt_r * A[r * NT + j], NATIVE)
                     after = after + (a * h[r * NT + j] + dtu_r * B[j],)
                     if ADJOINT:
                         p = decay[r * NT + j] * a
@@ -161,7 +184,7 @@ def _sweep_kernel(
             for r in tl.static_range(R):
                 total = from_lane(elapsed, lane // S * S + ((lane % R) ^ r))
                 for j in tl.static_range(NT):
-                    decay = decay + (exp2(total * A[r * NT + j], NATIVE),)
+                    decay = decay + (power(total * A[r * NT + j], NATIVE),)
             _store_matrix(states_ptr, base, edge, slot * dim, lane, h, S, R, NT, NATIVE)
         if LOCAL or ADJOINT:
             _store_matrix(decays_ptr, base, edge, slot * dim, lane, decay, S, R, NT, NATIVE)
@@ -171,8 +194,20 @@ def _sweep_kernel(
 
 @jit
 def _chain_kernel(
-    parts_ptr, decays_ptr, start_ptr, cu_seqlens_ptr, length, dim, dstate, first_channel, last_channel,
-    N: tl.constexpr, SPAN: tl.constexpr, BACKWARD: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr,
+    parts_ptr,
+    decays_ptr,
+    start_ptr,
+    cu_seqlens_ptr,
+    length,
+    dim,
+    dstate,
+    first_channel,
+    last_channel,
+    N: tl.constexpr,
+    SPAN: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Owns BLOCK states of a sequence, and replaces what each span adds to them by what the span starts from.
 
