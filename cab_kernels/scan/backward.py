@@ -186,7 +186,7 @@ def _selective_scan_bwd_kernel(
     # What the fold over channels leaves in each lane: which of (B, C), and which states.
     spare = lane // S // SHARE
     if drows_ptr is not None:
-        drows = drows_ptr + (block.to(tl.int64) * total_rows + first + sequence * PAD) * (2 * N)
+        drows = drows_ptr + ((pid % blocks).to(tl.int64) * total_rows + first + sequence * PAD) * (2 * N)
     top = tl.maximum(begin + (tl.cdiv(end - begin, T) - 1) * T, begin)
 
     next_u = load_steps(u_row, part + top, limit, STRIDE_U, STEPS, LAYOUT_U, NATIVE)
@@ -389,6 +389,7 @@ def _selective_scan_bwd_kernel(
 @jit
 def _sum_rows_kernel(
     drows_ptr,
+    sums_ptr,
     dB_ptr,
     dC_ptr,
     cu_seqlens_ptr,
@@ -396,6 +397,8 @@ def _sum_rows_kernel(
     total_rows,
     dstate,
     blocks,
+    first_block,
+    end_block,
     strides_dB,
     strides_dC,
     N: tl.constexpr,
@@ -403,7 +406,11 @@ def _sum_rows_kernel(
     REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Owns BLOCK steps of a sequence and group: adds up what the group's blocks of channels gave dB and dC."""
+    """Owns BLOCK steps of a sequence and group: adds up what the group's blocks of channels gave dB and dC.
+
+    Of its ``blocks``, those from first_block to end_block, which share drows_ptr; if blocks take turns, sums_ptr,
+    (groups, rows, 2 N), carries the sum from one slice of them to the next.
+    """
     steps = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     sequence = tl.program_id(0).to(tl.int64)
     group = tl.program_id(2).to(tl.int64)
@@ -418,11 +425,19 @@ def _sum_rows_kernel(
         time = first
     inside = (steps < count)[:, None]
     which = tl.arange(0, 2 * N)[None, :]
-    at = drows_ptr + (group * blocks * total_rows + first + sequence * PAD + steps[:, None]) * (2 * N) + which
+    row = (first + sequence * PAD + steps[:, None]) * (2 * N) + which
+    low = tl.maximum(group * blocks, first_block)
+    high = tl.minimum((group + 1) * blocks, end_block)
     total = tl.zeros([BLOCK, 2 * N], tl.float32)
-    for _ in tl.range(0, blocks, loop_unroll_factor=4):
+    if sums_ptr is not None:
+        sums_ptr += group * total_rows * (2 * N) + row
+        total = tl.load(sums_ptr, mask=inside & (first_block > 0), other=0.0)
+    at = drows_ptr + (low - first_block) * total_rows * (2 * N) + row
+    for _ in tl.range(low, high, loop_unroll_factor=4):
         total += tl.load(at, mask=inside, other=0.0)
         at += total_rows.to(tl.int64) * (2 * N)
+    if sums_ptr is not None:
+        tl.store(sums_ptr, total, mask=inside)
     if REVERSE:
         time = (time + count - 1 - steps).to(tl.int64)[:, None]
     else:

@@ -50,7 +50,9 @@ TILINGS = {
 # Where steps lie side by side in memory, a lane that owns fewer of them loads them better.
 BY_LENGTH = {16: Tiling(8, 2, 2, 2, 4)}
 SPAN = 128  # steps between the states that forward keeps
-FILL = 1024  # programs that fill a GPU
+FILL_FORWARD = 640  # with fewer programs, forward is faster in pieces, at nearly twice the exponentials
+FILL_PIECES = 4096  # and then in about so many
+FILL_BACKWARD = 2048  # with fewer programs, backward is faster by spans
 
 
 class _Call:
@@ -218,41 +220,19 @@ def selective_scan_fwd(
     pieces = _pieces(call, blocks)
     with _on_device(u):
         call.pack()
-        inputs = {
-            **call.projections(),
-            "A_ptr": A,
-            "delta_bias_ptr": delta_bias,
-            **call.activation("u", u, tiling),
-            **call.activation("delta", delta, tiling),
-            **call.activation("z", z, tiling),
-        }
         if pieces > 1:
             if not keep:
                 states = call.new(call.numbered(call.span), call.dim, call.N)
-            decays = torch.empty_like(states)
-            sweep = TILINGS[call.N]
-            tasks, chunks = call.tasks(call.span)
-            _sweep_kernel[(call.blocks(sweep) * tasks,)](
-                **{**inputs, **call.activation("z", None, sweep)},
-                **call.activation("dout", None, sweep),
-                states_ptr=states,
-                befores_ptr=None,
-                decays_ptr=decays,
-                adjoints_ptr=None,
-                chunks=chunks,
-                blocks=call.blocks(sweep),
-                first_block=0,
-                first_channel=0,
-                befores_dim=0,
-                LOCAL=True,
-                ADJOINT=False,
-                **call.shared(sweep),
-            )
-            call.chain(states, decays, initial_state, False, (0, call.dim))
+            _sweep_forward(call, states, u, delta, A, delta_bias, initial_state)
         chunk = triton.cdiv(triton.cdiv(call.length, pieces), call.span) * call.span
         tasks = call.sequences if pieces == 1 else call.tasks(chunk)[0]
         _selective_scan_fwd_kernel[(blocks * tasks,)](
-            **inputs,
+            **call.projections(),
+            A_ptr=A,
+            delta_bias_ptr=delta_bias,
+            **call.activation("u", u, tiling),
+            **call.activation("delta", delta, tiling),
+            **call.activation("z", z, tiling),
             D_ptr=D,
             initial_ptr=initial_state,
             **call.activation("out", out, tiling),
@@ -267,11 +247,41 @@ def selective_scan_fwd(
     return out, last_state, states
 
 
+def _sweep_forward(call: _Call, states, u, delta, A, delta_bias, initial_state) -> None:
+    """Compute the state before each span, all spans at once."""
+    decays = torch.empty_like(states)
+    sweep = TILINGS[call.N]
+    tasks, chunks = call.tasks(call.span)
+    _sweep_kernel[(call.blocks(sweep) * tasks,)](
+        **call.projections(),
+        A_ptr=A,
+        delta_bias_ptr=delta_bias,
+        **call.activation("u", u, sweep),
+        **call.activation("delta", delta, sweep),
+        **call.activation("z", None, sweep),
+        **call.activation("dout", None, sweep),
+        states_ptr=states,
+        befores_ptr=None,
+        decays_ptr=decays,
+        adjoints_ptr=None,
+        chunks=chunks,
+        blocks=call.blocks(sweep),
+        first_block=0,
+        first_channel=0,
+        befores_dim=0,
+        LOCAL=True,
+        ADJOINT=False,
+        **call.shared(sweep),
+    )
+    call.chain(states, decays, initial_state, False, (0, call.dim))
+
+
 def _pieces(call: _Call, blocks: int) -> int:
     """Into how many pieces forward splits each sequence, where programs are too few to fill a GPU."""
     if call.cu_seqlens is not None or call.length <= 2 * call.span:
         return 1
-    return max(1, min(call.length // call.span, FILL // max(1, blocks * call.sequences)))
+    programs = max(1, blocks * call.sequences)
+    return 1 if programs >= FILL_FORWARD else min(call.length // call.span, FILL_PIECES // programs)
 
 
 def selective_scan_bwd(
@@ -286,7 +296,7 @@ def selective_scan_bwd(
     tiling = TILINGS[call.N]
     A, D, delta_bias, dlast_state = map(_contiguous, (A, D, delta_bias, dlast_state))
     blocks = call.blocks(tiling)
-    split = call.length > call.span and (blocks * call.sequences < 2 * FILL)
+    split = call.length > call.span and blocks * call.sequences < FILL_BACKWARD
     tasks, chunks = call.tasks(call.span)
     main_tasks = tasks if split else call.sequences
     parts = {
@@ -297,12 +307,13 @@ def selective_scan_bwd(
         "dbias": _parts(call, ddelta_bias, main_tasks),
     }
     sum_rows = (dB is not None and B.dim() > 2) or (dC is not None and C.dim() > 2)
-    drows = call.new(blocks, call.total_rows, 2, call.N) if sum_rows else None
     dinitial = None if dinitial_state is None else call.new(*dinitial_state.shape)
     decays = torch.empty_like(states) if split else None
     adjoints = torch.empty_like(states) if split else None
     first_channels = call.first_channels(tiling)
     per_slice = _blocks_at_once(call, tiling, u, blocks)
+    drows = call.new(per_slice, call.total_rows, 2, call.N) if sum_rows else None
+    sums = call.new(call.groups, call.total_rows, 2, call.N) if sum_rows and per_slice < blocks else None
     with _on_device(u):
         call.pack()
         shared = {**call.shared(tiling), **call.projections(), "A_ptr": A, "delta_bias_ptr": delta_bias}
@@ -346,8 +357,9 @@ def selective_scan_bwd(
                 chunks=chunks,
                 SPLIT=split,
             )
-        if sum_rows:
-            _sum_rows(call, drows, dB if B.dim() > 2 else None, dC if C.dim() > 2 else None)
+            if sum_rows:
+                varying = (dB if B.dim() > 2 else None, dC if C.dim() > 2 else None)
+                _sum_rows(call, drows, sums, *varying, blocks, block, block + count)
     for part, gradient in zip(parts.values(), (dA, dB, dC, dD, ddelta_bias), strict=True):
         if part is not None:
             if gradient.dtype == torch.float32:
@@ -365,25 +377,33 @@ def _parts(call: _Call, gradient: Tensor | None, tasks: int) -> Tensor | None:
 
 
 def _blocks_at_once(call: _Call, tiling: Tiling, u: Tensor, blocks: int) -> int:
-    """How many blocks of channels share the scratch for states, which is to be no larger than u, delta, z and out."""
-    needed = triton.cdiv(call.batch * call.length, tiling.steps) * call.dim * call.N * 4
-    slices = triton.cdiv(needed, max(1, 4 * u.numel() * u.element_size()))
+    """How many blocks of channels take part at once.
+
+    Their scratch is to be no larger than u, delta, z and out for states, and twice that for rows of dB and dC.
+    """
+    activations = 4 * u.numel() * u.element_size()
+    states = triton.cdiv(call.batch * call.length, tiling.steps) * call.dim * call.N * 4
+    rows = blocks * call.batch * call.length * 2 * call.N * 4
+    slices = triton.cdiv(max(states, rows // 2), max(1, activations))
     return max(1, triton.cdiv(blocks, max(1, slices)))
 
 
-def _sum_rows(call: _Call, drows: Tensor, dB: Tensor | None, dC: Tensor | None) -> None:
+def _sum_rows(call: _Call, drows, sums, dB, dC, blocks: int, first_block: int, end_block: int) -> None:
     """Add up what the blocks of channels gave dB and dC."""
     dB, dC = (x.unsqueeze(1) if x is not None and x.dim() == 3 else x for x in (dB, dC))
     block = max(4, min(32, 1024 // call.N))
     _sum_rows_kernel[(call.sequences, triton.cdiv(call.length, block), call.groups)](
         drows_ptr=drows,
+        sums_ptr=sums,
         dB_ptr=dB,
         dC_ptr=dC,
         cu_seqlens_ptr=call.cu_seqlens,
         length=call.length,
         total_rows=call.total_rows,
         dstate=call.dstate,
-        blocks=len(drows) // call.groups,
+        blocks=blocks // call.groups,
+        first_block=first_block,
+        end_block=end_block,
         strides_dB=_strides(dB),
         strides_dC=_strides(dC),
         N=call.N,
