@@ -35,7 +35,8 @@ class Tiling:
         return self.STEPS * self.PARTS
 
 
-# By the number of states, a power of two.
+# By the number of states, a power of two. On an H100, Triton 3.6, bf16; README.md has shapes, times and what else was
+# tried for 16 states, 64 were timed with this one and one other, and the rest follow from these, untimed.
 TILINGS = {
     1: Tiling(1, 1, 1, 8, 1),
     2: Tiling(1, 1, 2, 8, 1),
@@ -47,7 +48,8 @@ TILINGS = {
     128: Tiling(32, 2, 4, 1, 8),
     256: Tiling(32, 1, 8, 1, 8),
 }
-# Where steps lie side by side in memory, a lane that owns fewer of them loads them better.
+# Where steps lie side by side in memory, a lane that owns fewer of them loads them better: at 8 x 1536 x 2048, 0.265 ms
+# against 0.310.
 BY_LENGTH = {16: Tiling(8, 2, 2, 2, 4)}
 SPAN = 128  # steps between the states that forward keeps
 FILL_FORWARD = 640  # with fewer programs, forward is faster in pieces, at nearly twice the exponentials
