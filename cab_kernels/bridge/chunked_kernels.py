@@ -1,6 +1,6 @@
 """The bridge loss for bridges too large for the chip: cuBLAS products over chunks of tokens, with Triton between them.
 
-For each chunk, with three buffers Z, H (chunk, hidden) and R (chunk, width) in the products' dtype:
+For each chunk, with buffers Z, H (chunk, hidden) and R (chunk, width) in the products' dtype:
 
     Z = X w1^T        H = silu(Z + b1)        R = H w2^T, then R + b2 - target in place, with squares and db2
     dw2 += R^T H      H = R w2, then times silu'(Z + b1) in place, with db1         dw1 += H^T X        dX = H w1
@@ -19,7 +19,7 @@ from cab_kernels.bridge.fused_kernels import Call, load_target, match_tokens, ma
 
 CHUNK_TOKENS = 8192  # dw's read-modify-write then costs 4 % of its products
 CHUNK_BYTES = 128 * 2**20
-BATCHED_WEIGHT = 256 * 256  # hidden * max(d_state, width): below it one product does not fill a GPU
+BATCHED_WEIGHT = 512 * 512  # hidden * max(d_state, width): below it one product does not fill a GPU
 BATCHED_BRIDGES = 8
 BLOCK_ROWS, BLOCK_COLUMNS, ROWS = 32, 128, 256  # a program of a reduction walks over ROWS tokens
 
@@ -159,6 +159,7 @@ def _chunk_slope_kernel(
     z_ptr,
     b1_ptr,
     dh_ptr,
+    dz_ptr,
     db1_ptr,
     chunk,
     hidden_size,
@@ -167,7 +168,7 @@ def _chunk_slope_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """dh times silu'(z + b1) over ROWS tokens of BLOCK_COLUMNS channels, in place, with its sums over tokens."""
+    """dz = dh silu'(z + b1) over ROWS tokens of BLOCK_COLUMNS channels, with its sums over tokens."""
     slot = tl.program_id(2)
     cols = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     b1 = tl.load(b1_ptr + slot * hidden_size + cols, mask=cols < hidden_size, other=0.0).to(tl.float32)
@@ -180,7 +181,7 @@ def _chunk_slope_kernel(
         s = sigmoid(z)
         dz = tl.load(dh_ptr + offs, mask=mask, other=0.0).to(tl.float32) * s * (1.0 + z * (1.0 - s))
         sums += dz
-        tl.store(dh_ptr + offs, dz.to(dh_ptr.dtype.element_ty), mask=mask)
+        tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
     db1_row = db1_ptr + slot * stride_db1_bridge + tl.program_id(0) * hidden_size
     tl.store(db1_row + cols, tl.sum(sums, 0), mask=cols < hidden_size)
 
@@ -195,7 +196,8 @@ def bridge_mse_chunked(
     """
     bridges, hidden, d_state, width = call.sizes
     x, tokens = call.xs[0], call.tokens
-    group = min(bridges, BATCHED_BRIDGES) if hidden * max(d_state, width) <= BATCHED_WEIGHT else 1
+    small = hidden * max(d_state, width) <= BATCHED_WEIGHT
+    group = min(bridges, BATCHED_BRIDGES) if small else 1
     chunk = choose_chunk(tokens, group * (d_state + 2 * hidden + width) * x.element_size())
     chunks, parts = triton.cdiv(tokens, chunk), triton.cdiv(chunk, ROWS)
     # Zeros, because a shorter last chunk leaves parts unwritten.
@@ -204,31 +206,40 @@ def bridge_mse_chunked(
     db1 = x.new_zeros((group, chunks, parts, hidden), dtype=torch.float32)
     db2 = x.new_zeros((group, chunks, parts, width), dtype=torch.float32)
     buffers = [x.new_empty(group * chunk * size) for size in (d_state, hidden, hidden, width)]
+    # Where products are cheap, dh is not rounded; in large bridges the wider buffer would cost a tenth of the time.
+    buffers.append(x.new_empty(group * chunk * hidden, dtype=torch.float32) if small else buffers[2])
+    where = matching(call)
     for first in range(0, bridges, group):
         part = slice(first, min(first + group, bridges))
         grads = None if totals is None else _Gradients(totals[part], hidden, d_state, width)
         w1, w2 = call.w1[part].to(x.dtype), call.w2[part].to(x.dtype)
         for number, start in enumerate(range(0, tokens, chunk)):
             stop = min(start + chunk, tokens)
-            xc, z, h, r = (
+            xc, z, h, r, dh = (
                 buffer[: len(w1) * (stop - start) * size].view(len(w1), stop - start, size)
-                for buffer, size in zip(buffers, (d_state, hidden, hidden, width), strict=True)
+                for buffer, size in zip(buffers, (d_state, hidden, hidden, width, hidden), strict=True)
             )
-            xc = _chunk_x(call, first, start, xc)
+            xc = _chunk_x(call, where, first, start, xc)
             torch.bmm(xc, w1.mT, out=z)
             _launch(_chunk_silu_kernel, h, BLOCK_ROWS, z_ptr=z, b1_ptr=call.b1[first:], h_ptr=h, hidden_size=hidden)
             torch.bmm(h, w2.mT, out=r)
-            _chunk_residual(call, first, start, r, db2[:, number], squares[part, number], counts[part, number])
+            _launch(
+                _chunk_residual_kernel, r, ROWS, targets=tuple(call.targets), r_ptr=r, b2_ptr=call.b2,
+                db2_ptr=db2[:, number], squares_ptr=squares[part, number], counts_ptr=counts[part, number],
+                first_bridge=first, first_token=start, bridges=bridges, stride_db2_bridge=db2.stride(0),
+                stride_squares_bridge=squares.stride(0), ROWS=ROWS, **where,
+            )  # fmt: skip
             if needs_w2:
-                _accumulate(grads.w2, r.mT, h, number)
-            if needs_w1 or dx is not None:
-                torch.bmm(r, w2, out=h)
-                _launch(
-                    _chunk_slope_kernel, h, ROWS, z_ptr=z, b1_ptr=call.b1[first:], dh_ptr=h, db1_ptr=db1[:, number],
-                    hidden_size=hidden, stride_db1_bridge=db1.stride(0), ROWS=ROWS,
-                )  # fmt: skip
+                _multiply(r.mT, h, grads.w2, add=number > 0)
+            if not needs_w1 and dx is None:
+                continue
+            _multiply(r, w2, dh)
+            _launch(
+                _chunk_slope_kernel, h, ROWS, z_ptr=z, b1_ptr=call.b1[first:], dh_ptr=dh, dz_ptr=h,
+                db1_ptr=db1[:, number], hidden_size=hidden, stride_db1_bridge=db1.stride(0), ROWS=ROWS,
+            )  # fmt: skip
             if needs_w1:
-                _accumulate(grads.w1, h.mT, xc, number)
+                _multiply(h.mT, xc, grads.w1, add=number > 0)
             if dx is not None:
                 torch.bmm(h, w1, out=dx[part].view(len(w1), tokens, d_state)[:, start:stop])
         if grads is not None:
@@ -254,13 +265,13 @@ class _Gradients:
         self.w1, self.w2 = w1.unflatten(1, (hidden, d_state)), w2.unflatten(1, (width, hidden))
 
 
-def _accumulate(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, number: int) -> None:
-    """Add ``left @ right`` to ``out`` in float32; the first chunk overwrites it."""
-    to = {} if left.dtype == torch.float32 else {"out_dtype": torch.float32}
-    if number == 0:
-        torch.bmm(left, right, **to, out=out)
-    else:
+def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
+    """``left @ right`` into ``out``, or added to it, in out's dtype."""
+    to = {} if left.dtype == out.dtype else {"out_dtype": out.dtype}
+    if add:
         torch.baddbmm(out, left, right, **to, out=out)
+    else:
+        torch.bmm(left, right, **to, out=out)
 
 
 def _launch(kernel, value: torch.Tensor, rows: int, **arguments: object) -> None:
@@ -276,7 +287,7 @@ def _launch(kernel, value: torch.Tensor, rows: int, **arguments: object) -> None
     )
 
 
-def _chunk_x(call: Call, first: int, start: int, out: torch.Tensor) -> torch.Tensor:
+def _chunk_x(call: Call, where: dict[str, object], first: int, start: int, out: torch.Tensor) -> torch.Tensor:
     """A chunk of x: itself where it is a matrix in memory and all of it counts, else a copy in ``out``."""
     x = call.xs[first]
     batch, length, d_state = x.shape
@@ -285,7 +296,6 @@ def _chunk_x(call: Call, first: int, start: int, out: torch.Tensor) -> torch.Ten
         return x.as_strided((1, call.tokens, d_state), (0, x.stride(1), 1))[:, start : start + out.shape[1]]
     names = ("mask_ptr", "index_ptr", "tokens", "length", "target_length")
     names += ("stride_mask_bridge", "stride_index_bridge", "HAS_MASK", "HAS_INDEX")
-    where = matching(call)
     _launch(
         _chunk_x_kernel,
         out,
@@ -301,32 +311,3 @@ def _chunk_x(call: Call, first: int, start: int, out: torch.Tensor) -> torch.Ten
         **{name: where[name] for name in names},
     )
     return out
-
-
-def _chunk_residual(
-    call: Call,
-    first: int,
-    start: int,
-    r: torch.Tensor,
-    db2: torch.Tensor,
-    squares: torch.Tensor,
-    counts: torch.Tensor,
-) -> None:
-    _launch(
-        _chunk_residual_kernel,
-        r,
-        ROWS,
-        targets=tuple(call.targets),
-        r_ptr=r,
-        b2_ptr=call.b2,
-        db2_ptr=db2,
-        squares_ptr=squares,
-        counts_ptr=counts,
-        first_bridge=first,
-        first_token=start,
-        bridges=len(call.xs),
-        stride_db2_bridge=db2.stride(0),
-        stride_squares_bridge=squares.stride(0),
-        ROWS=ROWS,
-        **matching(call),
-    )

@@ -1,4 +1,4 @@
-"""The bridge loss with the hidden layer and the prediction on chip: hidden of up to 256, 16-bit operands.
+"""The bridge loss with the hidden layer and the prediction on chip: hidden of up to 128, 16-bit operands.
 
     z = w1 x + b1        h = silu(z)        r = w2 h + b2 - target        squares = sum r^2
     dw2 = r h^T   db2 = r        dh = w2^T r        dz = dh silu'(z)        dw1 = dz x^T   db1 = dz   dx = w1^T dz
@@ -37,10 +37,10 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# H100, Triton 3.6, 16-128-192, bf16; the wider hidden layer leaves room for smaller blocks only.
-INNER_TILES = {128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2)}
-OUTER_TILES = {128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 2)}
-MAX_HIDDEN = 256
+# H100, Triton 3.6, 16-128-192, bf16.
+INNER_TILES = Tiles(128, 64, 8, 2)
+OUTER_TILES = Tiles(128, 64, 8, 2)
+MAX_HIDDEN = 128  # 256 spills a kilobyte of registers per thread
 MAX_WEIGHT = 16384  # BLOCK_STATE * BLOCK_HIDDEN: beyond it, dw1 does not fit into registers
 
 
@@ -229,8 +229,8 @@ def _bridge_inner_kernel(
             cols = first + tl.arange(0, BLOCK_WIDTH)
             w2 = _load_w2(w2_ptr + bridge * width * hidden_size, cols, offs_hidden, width, hidden_size, compute)
             target = load_target(
-                target_rows, counted, cols, mean_ptr, rstd_ptr, which * stride_mean_target, width, head_dim, stride_target_head, stride_target_dim,
-                HAS_HEADS, HAS_STATISTICS,
+                target_rows, counted, cols, mean_ptr, rstd_ptr, which * stride_mean_target, width, head_dim,
+                stride_target_head, stride_target_dim, HAS_HEADS, HAS_STATISTICS,
             )  # fmt: skip
             residual = _residual(hidden, w2, target, b2_ptr + bridge * width, cols, counted, width)
             squares += tl.sum(residual * residual, 1)
@@ -374,6 +374,11 @@ class Call(NamedTuple):
         return (*self.w1.shape, self.w2.shape[1])
 
 
+def weight_blocks(d_state: int, hidden: int) -> tuple[int, int]:
+    """BLOCK_STATE and BLOCK_HIDDEN, the smallest that products of this GPU's kind take."""
+    return max(16, triton.next_power_of_2(d_state)), max(64, triton.next_power_of_2(hidden))
+
+
 def gradient_size(call: Call) -> int:
     """How many numbers one bridge's weight gradients have, laid out dw1, db1, dw2, db2."""
     _, hidden, d_state, width = call.sizes
@@ -423,8 +428,8 @@ def bridge_mse_fused(
     """
     bridges, hidden, d_state, width = call.sizes
     x = call.xs[0]
-    block_hidden = max(128, triton.next_power_of_2(hidden))
-    inner, outer = INNER_TILES[block_hidden], OUTER_TILES[block_hidden]
+    inner, outer = INNER_TILES, OUTER_TILES
+    block_state, block_hidden = weight_blocks(d_state, hidden)
     splits = choose_splits(bridges, triton.cdiv(call.tokens, inner.tokens), _processors(x.device))
     squares = x.new_empty((bridges, splits), dtype=torch.float32)
     counts = x.new_empty((bridges, splits), dtype=torch.int32)
@@ -445,7 +450,7 @@ def bridge_mse_fused(
         "stride_x_batch": x.stride(0),
         "stride_x_token": x.stride(1),
         "stride_x_state": x.stride(2),
-        "BLOCK_STATE": max(16, triton.next_power_of_2(d_state)),
+        "BLOCK_STATE": block_state,
         "BLOCK_HIDDEN": block_hidden,
         "enable_fp_fusion": True,
         **matching(call),

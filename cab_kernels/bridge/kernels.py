@@ -16,7 +16,14 @@ import triton
 import triton.language as tl
 
 from cab_kernels.bridge.chunked_kernels import bridge_mse_chunked
-from cab_kernels.bridge.fused_kernels import MAX_HIDDEN, MAX_WEIGHT, Call, bridge_mse_fused, gradient_size
+from cab_kernels.bridge.fused_kernels import (
+    MAX_HIDDEN,
+    MAX_WEIGHT,
+    Call,
+    bridge_mse_fused,
+    gradient_size,
+    weight_blocks,
+)
 
 NEEDS_X, NEEDS_W1, NEEDS_B1, NEEDS_W2, NEEDS_B2 = 1, 2, 4, 8, 16
 FUSED_DTYPES = (torch.bfloat16, torch.float16)  # float32 operands would double every register; cuBLAS does them
@@ -51,9 +58,9 @@ def _bridge_reduce_kernel(
         squares = tl.zeros((BLOCK_PARTS,), tl.float64)
         counts = tl.zeros((BLOCK_PARTS,), tl.int64)
         for first in range(0, parts, BLOCK_PARTS):
-            offs = first + tl.arange(0, BLOCK_PARTS)
-            squares += tl.load(squares_ptr + bridge * parts + offs, mask=offs < parts, other=0.0).to(tl.float64)
-            counts += tl.load(counts_ptr + bridge * parts + offs, mask=offs < parts, other=0).to(tl.int64)
+            part = first + tl.arange(0, BLOCK_PARTS)
+            squares += tl.load(squares_ptr + bridge * parts + part, mask=part < parts, other=0.0).to(tl.float64)
+            counts += tl.load(counts_ptr + bridge * parts + part, mask=part < parts, other=0).to(tl.int64)
         terms = tl.maximum(tl.sum(counts), 1).to(tl.float64) * width
         tl.store(loss_ptr + bridge, (tl.sum(squares) / terms).to(tl.float32))
         tl.store(factor_ptr + bridge, (2.0 / terms).to(tl.float32))
@@ -111,10 +118,10 @@ def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _fused(x: torch.Tensor, w1: torch.Tensor, compute: torch.dtype) -> bool:
+def _fused(w1: torch.Tensor, compute: torch.dtype) -> bool:
     """Whether a bridge stays on chip."""
     hidden, d_state = w1.shape[-2:]
-    block_state, block_hidden = max(16, triton.next_power_of_2(d_state)), max(128, triton.next_power_of_2(hidden))
+    block_state, block_hidden = weight_blocks(d_state, hidden)
     return compute in FUSED_DTYPES and hidden <= MAX_HIDDEN and block_state * block_hidden <= MAX_WEIGHT
 
 
@@ -166,7 +173,7 @@ def _bridge_mse(
             None if target_mean is None else target_mean.contiguous(),
             None if target_rstd is None else target_rstd.contiguous(),
         )
-        fused = _fused(xs[0], w1, compute)
+        fused = _fused(w1, compute)
         dx = _empty_dx(xs, fused, compute) if needs & NEEDS_X else None
         needs_w1, needs_w2 = bool(needs & (NEEDS_W1 | NEEDS_B1)), bool(needs & (NEEDS_W2 | NEEDS_B2))
         totals = None
@@ -189,7 +196,7 @@ def _bridge_mse(
 @_bridge_mse.register_fake
 def _(xs, w1, b1, w2, b2, targets, mask, token_index, target_mean, target_rstd, compute, needs):
     bridges, hidden, d_state = w1.shape
-    dx = _empty_dx(xs, _fused(xs[0], w1, compute), compute) if needs & NEEDS_X else xs[0].new_empty((0,), dtype=compute)
+    dx = _empty_dx(xs, _fused(w1, compute), compute) if needs & NEEDS_X else xs[0].new_empty((0,), dtype=compute)
     size = hidden * (d_state + 1) + w2.shape[1] * (hidden + 1)
     shape = (bridges, size) if needs & ~NEEDS_X else (0,)
     loss, factor = (w1.new_empty((bridges,), dtype=torch.float32) for _ in range(2))

@@ -32,7 +32,7 @@ def bridge_mse(
 
     ``mean((w2 @ silu(w1 @ x + b1) + b2 - target) ** 2)`` over the tokens that count times the target's channels. The
     gradients are made in the forward pass, so ``target`` is not kept for backward and, where the sizes allow (16-bit
-    floats, ``hidden`` up to 256), neither the hidden layer nor the prediction is ever written to memory; larger
+    floats, ``hidden`` up to 128), neither the hidden layer nor the prediction is ever written to memory; larger
     bridges go through buffers of a few thousand tokens.
 
     Args:

@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -152,3 +154,48 @@ class TestBadInput:
             bridge_mse_grouped([], *stacks, target)
         with pytest.raises(ValueError, match=r"expected w1 of shape .* = \(1, 'hidden', 5\), got \(2, 7, 5\)"):
             bridge_mse_grouped([x], *stacks, target)
+
+
+FUSED = "cab_kernels.bridge.fused_kernels"
+CHUNKED = "cab_kernels.bridge.chunked_kernels"
+KERNELS = "cab_kernels.bridge.kernels"
+FLAGS = {"HAS_MASK": True, "HAS_INDEX": True, "HAS_HEADS": True, "HAS_STATISTICS": True}
+BLOCKS = {"BLOCK_TOKENS": 128, "BLOCK_STATE": 16, "BLOCK_HIDDEN": 128, "BLOCK_WIDTH": 64}
+ROWS = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 128}
+TYPES = {
+    "*fp32": "w1 b1 w2 b2 mean rstd partials squares totals loss factor incoming db1 db2 out_w1 out_b1 out_w2 out_b2",
+    "*bf16": "dx out_x out z h r dh dz",
+    "*i32": "counts",
+    "*i1": "mask",
+    "*i64": "index",
+}
+
+
+def spec(module, kernel, constexprs, **options):
+    """A kernel's types by the names of its arguments: pointers end in _ptr, all else is a size or a stride."""
+    names = importlib.import_module(module).__dict__[kernel].arg_names
+    types = {f"{name}_ptr": kind for kind, group in TYPES.items() for name in group.split()}
+    signature = {name: types.get(name, "i32") for name in names} | {"xs": ["*bf16"] * 4, "targets": ["*bf16"] * 2}
+    options = {"num_warps": 4, "num_stages": 3} | options
+    return {
+        "module": module, "kernel": kernel, "signature": signature, "constexprs": constexprs, "options": options,
+    }  # fmt: skip
+
+
+def test_every_kernel_compiles_for_gpus_that_are_not_here(compile_offline):
+    tiles = {"num_warps": 8, "num_stages": 2}
+    nothing = {"mask_ptr": None, "index_ptr": None, "mean_ptr": None, "rstd_ptr": None} | dict.fromkeys(FLAGS, False)
+    log = compile_offline(
+        [
+            spec(FUSED, "_bridge_inner_kernel", FLAGS | BLOCKS | {"NEEDS_X": True, "NEEDS_W1": True}, **tiles),
+            spec(FUSED, "_bridge_inner_kernel", nothing | BLOCKS | {"NEEDS_X": False, "NEEDS_W1": False}, **tiles),
+            spec(FUSED, "_bridge_outer_kernel", FLAGS | BLOCKS, **tiles),
+            spec(KERNELS, "_bridge_reduce_kernel", {"BLOCK": 1024, "BLOCK_PARTS": 128}),
+            spec(KERNELS, "_bridge_scale_kernel", {"BLOCK": 1024}),
+            spec(CHUNKED, "_chunk_x_kernel", ROWS | {"HAS_MASK": True, "HAS_INDEX": True}),
+            spec(CHUNKED, "_chunk_silu_kernel", ROWS),
+            spec(CHUNKED, "_chunk_residual_kernel", FLAGS | ROWS | {"ROWS": 256}),
+            spec(CHUNKED, "_chunk_slope_kernel", ROWS | {"ROWS": 256}),
+        ]
+    )
+    assert log.count("sm_90") == 9

@@ -113,3 +113,23 @@ class TestBadInput:
         arguments = {"source": torch.zeros(2, 7, 48), "num_heads": 4} | change
         with pytest.raises(ValueError, match="extract_qk: .*" + message):
             extract_qk(**arguments)
+
+
+def test_kernel_compiles_for_gpus_that_are_not_here(compile_offline):
+    integers = "first_column out_tokens tokens head_dim half repeat stride_source_batch stride_source_token "
+    integers += "stride_source_column stride_out_batch stride_out_head stride_out_token stride_table_batch "
+    integers += "stride_table_token"
+    tables = dict.fromkeys(("cos_ptr", "sin_ptr", "weight_ptr", "bias_ptr"), "*fp32")
+    spec = {
+        "module": "cab_kernels.qk.kernels",
+        "kernel": "_extract_heads_kernel",
+        "signature": {"source_ptr": "*bf16", "out_ptr": "*bf16", "index_ptr": "*i64", "eps": "fp32"}
+        | dict.fromkeys(integers.split(), "i32")
+        | tables,
+        "options": {"num_warps": 4},
+    }
+    blocks = {"BLOCK_TOKENS": 32, "BLOCK_HALF": 32, "BLOCK_REST": 64}
+    plain = {"NORM": 0, "INTERLEAVED": False, "index_ptr": None} | dict.fromkeys(tables)
+    constexprs = [{"NORM": 2, "INTERLEAVED": True}, {"NORM": 1, "INTERLEAVED": False}, plain]
+    log = compile_offline([spec | {"constexprs": blocks | choice} for choice in constexprs])
+    assert log.count("sm_90") == 3
