@@ -11,17 +11,21 @@ As in the fused kernels, gradients are those of ``squares / 2``, and sums over p
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from cab_kernels.bridge.fused_kernels import Call, load_target, match_tokens, matching, pick, sigmoid
+from cab_kernels.bridge.device_kernels import sigmoid
+from cab_kernels.bridge.fused_kernels import Call, cdiv, load_target, match_tokens, matching, pick, processors
 
-CHUNK_TOKENS = 8192  # dw's read-modify-write then costs 4 % of its products
+CHUNK_TOKENS = 12288  # dw's read-modify-write then costs 3 % of its products
 CHUNK_BYTES = 128 * 2**20
+TILE = (128, 256)  # what cuBLAS gives a multiprocessor at a time
 BATCHED_WEIGHT = 512 * 512  # hidden * max(d_state, width): below it one product does not fill a GPU
 BATCHED_BRIDGES = 8
-BLOCK_ROWS, BLOCK_COLUMNS, ROWS = 32, 128, 256  # a program of a reduction walks over ROWS tokens
+BLOCK_ROWS, BLOCK_COLUMNS, ROWS = 32, 128, 64  # a program of a reduction walks over ROWS tokens
 
 
 @triton.jit
@@ -198,16 +202,17 @@ def bridge_mse_chunked(
     x, tokens = call.xs[0], call.tokens
     small = hidden * max(d_state, width) <= BATCHED_WEIGHT
     group = min(bridges, BATCHED_BRIDGES) if small else 1
-    chunk = choose_chunk(tokens, group * (d_state + 2 * hidden + width) * x.element_size())
-    chunks, parts = triton.cdiv(tokens, chunk), triton.cdiv(chunk, ROWS)
+    token_bytes = group * (2 * hidden + width) * x.element_size()
+    chunk = choose_chunk(tokens, token_bytes, group * max(hidden, width), processors(x.device))
+    chunks, parts = cdiv(tokens, chunk), cdiv(chunk, ROWS)
     # Zeros, because a shorter last chunk leaves parts unwritten.
-    squares = x.new_zeros((bridges, chunks, parts * triton.cdiv(width, BLOCK_COLUMNS)), dtype=torch.float32)
+    squares = x.new_zeros((bridges, chunks, parts * cdiv(width, BLOCK_COLUMNS)), dtype=torch.float32)
     counts = torch.zeros_like(squares, dtype=torch.int32)
     db1 = x.new_zeros((group, chunks, parts, hidden), dtype=torch.float32)
     db2 = x.new_zeros((group, chunks, parts, width), dtype=torch.float32)
-    buffers = [x.new_empty(group * chunk * size) for size in (d_state, hidden, hidden, width)]
+    buffers = [x.new_empty(group * chunk * size) for size in (hidden, hidden, width)]
     # Where products are cheap, dh is not rounded; in large bridges the wider buffer would cost a tenth of the time.
-    buffers.append(x.new_empty(group * chunk * hidden, dtype=torch.float32) if small else buffers[2])
+    buffers.append(x.new_empty(group * chunk * hidden, dtype=torch.float32) if small else buffers[1])
     where = matching(call)
     for first in range(0, bridges, group):
         part = slice(first, min(first + group, bridges))
@@ -215,11 +220,11 @@ def bridge_mse_chunked(
         w1, w2 = call.w1[part].to(x.dtype), call.w2[part].to(x.dtype)
         for number, start in enumerate(range(0, tokens, chunk)):
             stop = min(start + chunk, tokens)
-            xc, z, h, r, dh = (
+            z, h, r, dh = (
                 buffer[: len(w1) * (stop - start) * size].view(len(w1), stop - start, size)
-                for buffer, size in zip(buffers, (d_state, hidden, hidden, width, hidden), strict=True)
+                for buffer, size in zip(buffers, (hidden, hidden, width, hidden), strict=True)
             )
-            xc = _chunk_x(call, where, first, start, xc)
+            xc = _chunk_x(call, where, part, slice(start, stop))
             torch.bmm(xc, w1.mT, out=z)
             _launch(_chunk_silu_kernel, h, BLOCK_ROWS, z_ptr=z, b1_ptr=call.b1[first:], h_ptr=h, hidden_size=hidden)
             torch.bmm(h, w2.mT, out=r)
@@ -250,11 +255,16 @@ def bridge_mse_chunked(
     return squares.flatten(1), counts.flatten(1)
 
 
-def choose_chunk(tokens: int, token_bytes: int) -> int:
-    """Tokens per chunk: as few chunks as the limits allow, and all about as long."""
+@functools.lru_cache
+def choose_chunk(tokens: int, token_bytes: int, channels: int, processors: int) -> int:
+    """Tokens per chunk: as many as the limits allow, so that its products' tiles come to full rounds on the GPU."""
     most = max(1, min(CHUNK_TOKENS, CHUNK_BYTES // token_bytes))
-    chunks = max(1, triton.cdiv(tokens, most))
-    return max(1, min(tokens, triton.cdiv(triton.cdiv(tokens, chunks), 128) * 128))
+    if tokens <= most:
+        return max(1, tokens)
+    round_of_tiles = processors * TILE[0] // cdiv(channels, TILE[1])
+    if most > round_of_tiles:
+        most -= most % round_of_tiles
+    return most if most < TILE[0] else most - most % TILE[0]
 
 
 class _Gradients:
@@ -277,7 +287,7 @@ def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, add: b
 def _launch(kernel, value: torch.Tensor, rows: int, **arguments: object) -> None:
     """Launch over blocks of ``rows`` tokens and BLOCK_COLUMNS channels of ``value`` (bridges, chunk, channels)."""
     bridges, chunk, channels = value.shape
-    kernel[(triton.cdiv(chunk, rows), triton.cdiv(channels, BLOCK_COLUMNS), bridges)](
+    kernel[(cdiv(chunk, rows), cdiv(channels, BLOCK_COLUMNS), bridges)](
         chunk=chunk,
         BLOCK_ROWS=BLOCK_ROWS,
         BLOCK_COLUMNS=BLOCK_COLUMNS,
@@ -287,13 +297,15 @@ def _launch(kernel, value: torch.Tensor, rows: int, **arguments: object) -> None
     )
 
 
-def _chunk_x(call: Call, where: dict[str, object], first: int, start: int, out: torch.Tensor) -> torch.Tensor:
-    """A chunk of x: itself where it is a matrix in memory and all of it counts, else a copy in ``out``."""
-    x = call.xs[first]
+def _chunk_x(call: Call, where: dict[str, object], part: slice, chunk: slice) -> torch.Tensor:
+    """A chunk of some bridges' x: itself where it is a matrix in memory and all of it counts, else a copy."""
+    x = call.xs[part.start]
     batch, length, d_state = x.shape
+    bridges, tokens = part.stop - part.start, chunk.stop - chunk.start
     matrix = x.stride(2) == 1 and (batch == 1 or x.stride(0) == length * x.stride(1))
-    if matrix and len(out) == 1 and call.mask is None and call.token_index is None:
-        return x.as_strided((1, call.tokens, d_state), (0, x.stride(1), 1))[:, start : start + out.shape[1]]
+    if matrix and bridges == 1 and call.mask is None and call.token_index is None:
+        return x.as_strided((1, call.tokens, d_state), (0, x.stride(1), 1))[:, chunk]
+    out = x.new_empty((bridges, tokens, d_state))
     names = ("mask_ptr", "index_ptr", "tokens", "length", "target_length")
     names += ("stride_mask_bridge", "stride_index_bridge", "HAS_MASK", "HAS_INDEX")
     _launch(
@@ -302,8 +314,8 @@ def _chunk_x(call: Call, where: dict[str, object], first: int, start: int, out: 
         BLOCK_ROWS,
         xs=tuple(call.xs),
         out_ptr=out,
-        first_bridge=first,
-        first_token=start,
+        first_bridge=part.start,
+        first_token=chunk.start,
         d_state=d_state,
         stride_x_batch=x.stride(0),
         stride_x_token=x.stride(1),

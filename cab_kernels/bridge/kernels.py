@@ -14,6 +14,7 @@ import contextlib
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from cab_kernels.bridge.chunked_kernels import bridge_mse_chunked
 from cab_kernels.bridge.fused_kernels import (
@@ -21,6 +22,7 @@ from cab_kernels.bridge.fused_kernels import (
     MAX_WEIGHT,
     Call,
     bridge_mse_fused,
+    cdiv,
     gradient_size,
     weight_blocks,
 )
@@ -141,8 +143,7 @@ def _alike(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
-@torch.library.custom_op("cab_kernels::bridge_mse", mutates_args=())
-def _bridge_mse(
+def _forward(
     xs: list[torch.Tensor],
     w1: torch.Tensor,
     b1: torch.Tensor,
@@ -193,7 +194,10 @@ def _bridge_mse(
     )
 
 
-@_bridge_mse.register_fake
+_forward_op = torch.library.custom_op("cab_kernels::bridge_mse", _forward, mutates_args=())
+
+
+@_forward_op.register_fake
 def _(xs, w1, b1, w2, b2, targets, mask, token_index, target_mean, target_rstd, compute, needs):
     bridges, hidden, d_state = w1.shape
     dx = _empty_dx(xs, _fused(w1, compute), compute) if needs & NEEDS_X else xs[0].new_empty((0,), dtype=compute)
@@ -203,8 +207,7 @@ def _(xs, w1, b1, w2, b2, targets, mask, token_index, target_mean, target_rstd, 
     return loss, factor, dx, w1.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("cab_kernels::bridge_mse_backward", mutates_args=())
-def _bridge_mse_backward(
+def _backward(
     incoming: torch.Tensor,
     factor: torch.Tensor,
     dx: torch.Tensor,
@@ -219,7 +222,7 @@ def _bridge_mse_backward(
     """The gradients that ``needs`` names, in its order, times the factor and the incoming gradient."""
     outs = _empty_gradients(factor, dx, d_state, hidden, width, x_dtype, weight_dtype, needs)
     sizes = (dx.numel() // len(factor), hidden * d_state, hidden, width * hidden, width)
-    blocks = sum(triton.cdiv(size, BLOCK) for size, out in zip(sizes, outs, strict=True) if out is not None)
+    blocks = sum(cdiv(size, BLOCK) for size, out in zip(sizes, outs, strict=True) if out is not None)
     with device_of(factor):
         _bridge_scale_kernel[(blocks, len(factor))](
             incoming.contiguous(),
@@ -235,7 +238,10 @@ def _bridge_mse_backward(
     return [out for out in outs if out is not None]
 
 
-@_bridge_mse_backward.register_fake
+_backward_op = torch.library.custom_op("cab_kernels::bridge_mse_backward", _backward, mutates_args=())
+
+
+@_backward_op.register_fake
 def _(incoming, factor, dx, totals, d_state, hidden, width, x_dtype, weight_dtype, needs):
     outs = _empty_gradients(factor, dx, d_state, hidden, width, x_dtype, weight_dtype, needs)
     return [out for out in outs if out is not None]
@@ -260,27 +266,35 @@ def _empty_gradients(
     return outs
 
 
-def _setup_context(ctx, inputs, output):
-    xs, w1, _, w2, *_ = inputs
-    ctx.needs = inputs[-1]
-    ctx.sizes = (w1.shape[2], w1.shape[1], w2.shape[1], xs[0].dtype, w1.dtype)
-    ctx.bridges, ctx.targets = len(xs), len(inputs[5])
-    _, factor, dx, totals = output
-    ctx.mark_non_differentiable(factor, dx, totals)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(factor, dx, totals)
+class BridgeMSEFunction(torch.autograd.Function):
+    """The losses; their gradients are already there when backward comes.
 
+    Compiled, both directions go through their ``torch.library`` ops; called directly, they do not, because the
+    dispatcher's work on lists of tensors would take as long as the kernels do.
+    """
 
-def _backward(ctx, incoming, *_):
-    grads = [None] * 5
-    if incoming is not None and ctx.needs:
-        outs = iter(_bridge_mse_backward(incoming, *ctx.saved_tensors, *ctx.sizes, ctx.needs))
-        grads = [next(outs) if ctx.needs & bit else None for bit in (NEEDS_X, NEEDS_W1, NEEDS_B1, NEEDS_W2, NEEDS_B2)]
-    dxs = [None] * ctx.bridges if grads[0] is None else list(grads[0].unbind())
-    return dxs, *grads[1:], [None] * ctx.targets, None, None, None, None, None, None
+    @staticmethod
+    def forward(ctx, bridges, compute, needs, w1, b1, w2, b2, mask, token_index, target_mean, target_rstd, *lists):
+        forward = _forward_op if torch.compiler.is_compiling() else _forward
+        xs, targets = list(lists[:bridges]), list(lists[bridges:])
+        loss, factor, dx, totals = forward(
+            xs, w1, b1, w2, b2, targets, mask, token_index, target_mean, target_rstd, compute, needs
+        )
+        ctx.save_for_backward(factor, dx, totals)
+        ctx.sizes = (w1.shape[2], w1.shape[1], w2.shape[1], xs[0].dtype, w1.dtype)
+        ctx.bridges, ctx.targets, ctx.needs = bridges, len(targets), needs
+        return loss
 
-
-_bridge_mse.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, incoming):
+        backward = _backward_op if torch.compiler.is_compiling() else _backward
+        outs = iter(backward(incoming, *ctx.saved_tensors, *ctx.sizes, ctx.needs))
+        dx, *weights = (
+            next(outs) if ctx.needs & bit else None for bit in (NEEDS_X, NEEDS_W1, NEEDS_B1, NEEDS_W2, NEEDS_B2)
+        )
+        dxs = [None] * ctx.bridges if dx is None else dx.unbind()
+        return None, None, None, *weights, None, None, None, None, *dxs, *[None] * ctx.targets
 
 
 def bridge_mse_triton(
@@ -306,8 +320,9 @@ def bridge_mse_triton(
         needs = NEEDS_X if any(x.requires_grad for x in xs) else 0
         for bit, weight in ((NEEDS_W1, w1), (NEEDS_B1, b1), (NEEDS_W2, w2), (NEEDS_B2, b2)):
             needs |= bit if weight.requires_grad else 0
-    targets = [target.detach() for target in targets]
-    return _bridge_mse(xs, w1, b1, w2, b2, targets, mask, token_index, target_mean, target_rstd, compute, needs)[0]
+    return BridgeMSEFunction.apply(
+        len(xs), compute, needs, w1, b1, w2, b2, mask, token_index, target_mean, target_rstd, *xs, *targets
+    )
 
 
 def _reduce(
@@ -321,7 +336,7 @@ def _reduce(
     bridges, _, _, width = call.sizes
     loss, factor = (squares.new_empty((bridges,)) for _ in range(2))
     size = gradient_size(call)
-    blocks = 1 if partials is None else triton.cdiv(size, BLOCK)
+    blocks = 1 if partials is None else cdiv(size, BLOCK)
     _bridge_reduce_kernel[(blocks, bridges)](
         partials,
         squares,

@@ -23,6 +23,7 @@ import triton.language as tl
 from cab_kernels.qk.reference import HeadNorm, Rope
 
 BUFFER_BYTES = 16 * 2**20
+BLOCK = 4096  # numbers of a head in a program
 NORMS = {"rms": 1, "layer": 2}
 
 
@@ -148,7 +149,7 @@ def extract_heads(
         return
     block_half = triton.next_power_of_2(max(half, 1))
     block_rest = triton.next_power_of_2(max(head_dim - 2 * half, 1))
-    tokens_per_program = max(1, min(4096 // (2 * block_half + block_rest), triton.next_power_of_2(out_tokens)))
+    tokens_per_program = max(1, BLOCK // triton.next_power_of_2(head_dim))
     cos, sin = (None, None) if rope is None else (rope.cos.contiguous(), rope.sin.contiguous())
     by_batch = cos is not None and cos.dim() == 3
     with torch.cuda.device(source.device) if source.is_cuda else contextlib.nullcontext():
