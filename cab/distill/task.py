@@ -1,0 +1,165 @@
+"""The training task: one module that holds all that is trained, and the only place where losses are weighed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm.data
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cab.bridge import Bridges
+from cab.distill.losses import Alignment, distillation_kl
+from cab.distill.schedule import AlignmentSchedule
+from cab.layer_map import proportional
+from cab.students.student import Student
+from cab.teachers.timm import TimmTeacher
+from cab.token_map import token_map
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the terms beside the alignment, whose weight is a schedule.
+
+    Attributes:
+        kd: of KL(teacher || student) on the logits.
+        ce: of the cross-entropy with the labels.
+        temperature: of the KL.
+    """
+
+    kd: float = 1.0
+    ce: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("kd", "ce"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"LossWeights: expected {name} of at least 0, got {getattr(self, name)}")
+        if not self.temperature > 0:
+            raise ValueError(f"LossWeights: expected temperature above 0, got {self.temperature}")
+
+
+class DistillationTask(nn.Module):
+    """Student and bridges as one module, so that one optimiser, one checkpoint and one DDP wrapper see both.
+
+        loss = kd * KL(teacher || student) + ce * CE + weight(step) * L_align
+
+    The teacher moves between devices with the task, but is no part of its parameters or of its checkpoints.
+
+    Args:
+        student: sees images normalised with its own statistics.
+        teacher: None for a task without one (cross-entropy alone).
+        bridges: None for a task without alignment.
+        weights: of the terms beside the alignment.
+        schedule: the weight of the alignment over the run.
+        layer_map: the teacher layer of each student layer; by default floor(l * T / L).
+
+    Raises:
+        ValueError: bridges or a KL without a teacher; bridges or a layer map that do not fit the models.
+    """
+
+    student: Student
+    teacher: TimmTeacher | None
+    bridges: Bridges | None
+    student_mean: Tensor
+    student_std: Tensor
+    token_index: Tensor
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: TimmTeacher | None = None,
+        bridges: Bridges | None = None,
+        *,
+        weights: LossWeights | None = None,
+        schedule: AlignmentSchedule | None = None,
+        layer_map: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.bridges = bridges
+        self.weights = weights or LossWeights()
+        self.schedule = schedule or AlignmentSchedule()
+        self.alignment_weight = self.schedule.weight
+        self.__dict__["teacher"] = teacher  # past nn.Module's registration: neither trained nor saved
+        data = timm.data.resolve_data_config(model=student)
+        self.register_buffer("student_mean", torch.tensor(data["mean"]).view(-1, 1, 1), persistent=False)
+        self.register_buffer("student_std", torch.tensor(data["std"]).view(-1, 1, 1), persistent=False)
+        if teacher is None:
+            if bridges is not None or self.weights.kd:
+                raise ValueError("DistillationTask: expected a teacher for bridges or a KL term, got None")
+            return
+        self.layer_map = list(layer_map or proportional(len(student.layers), teacher.num_layers))
+        tokens = torch.tensor(token_map(student.token_layout, teacher.token_layout), dtype=torch.int32)
+        self.register_buffer("token_index", tokens, persistent=False)
+        self._check(student, teacher)
+
+    def _check(self, student: Student, teacher: TimmTeacher) -> None:
+        layers = len(student.layers)
+        inside = all(0 <= layer < teacher.num_layers for layer in self.layer_map)
+        if len(self.layer_map) != layers or not inside or self.layer_map != sorted(self.layer_map):
+            raise ValueError(
+                f"DistillationTask: expected a layer map of {layers} teacher layers below {teacher.num_layers} "
+                f"that never goes back, got {self.layer_map}"
+            )
+        if self.bridges is None:
+            return
+        expected = (layers, student.d_state, teacher.key_width, teacher.query_width)
+        got = (
+            self.bridges.layers,
+            self.bridges.key.w1.shape[-1],
+            self.bridges.key.w2.shape[1],
+            self.bridges.query.w2.shape[1],
+        )
+        if expected != got:
+            raise ValueError(
+                "DistillationTask: expected bridges for (layers, d_state, key width, query width) = "
+                f"{expected}, got {got}"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistillationTask:
+        if self.teacher is not None:
+            self.teacher._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def no_weight_decay(self) -> set[str]:
+        """The student's parameters that must not be decayed, by their names in the task."""
+        return {f"student.{name}" for name in self.student.no_weight_decay()}
+
+    def advance(self, step: int, total_steps: int) -> None:
+        """Set the alignment's weight for ``step``, counted from 0, of a run of ``total_steps``."""
+        self.alignment_weight = self.schedule.weight_at(step, total_steps)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+        """One batch through student, teacher and bridges.
+
+        Args:
+            images: (batch, channels, height, width), values in [0, 1].
+            labels: (batch,) class indices; the cross-entropy needs them.
+
+        Returns:
+            "loss", 0-d; "logits" of the student, (batch, classes); and the terms that were computed, unweighted and
+            detached: "kl", "ce", "align".
+        """
+        logits, alignment = self._run_student(images)
+        terms: dict[str, Tensor] = {}
+        if self.teacher is not None and (self.weights.kd or alignment is not None):
+            teacher_logits = self.teacher(images, alignment)
+            terms["kl"] = distillation_kl(logits, teacher_logits, self.weights.temperature)
+        if labels is not None:
+            terms["ce"] = F.cross_entropy(logits.float(), labels)
+        if alignment is not None:
+            terms["align"] = alignment.loss()
+        weights = {"kl": self.weights.kd, "ce": self.weights.ce, "align": self.alignment_weight}
+        loss = torch.stack([weights[name] * term for name, term in terms.items() if weights[name]]).sum()
+        return {"loss": loss, "logits": logits, **{name: term.detach() for name, term in terms.items()}}
+
+    def _run_student(self, images: Tensor) -> tuple[Tensor, Alignment | None]:
+        images = (images - self.student_mean) / self.student_std
+        if self.bridges is None or not self.alignment_weight:
+            return self.student(images), None
+        logits, projections = self.student.forward_with_projections(images)
+        return logits, Alignment(self.bridges, projections, self.layer_map, self.token_index)

@@ -1,0 +1,117 @@
+"""Causal depthwise convolution over time with an optional SiLU: documentation, checks, choice of implementation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cab_kernels._backend import choose_backend
+from cab_kernels._check import ArgumentCheck
+from cab_kernels.conv.reference import causal_conv1d_ref
+
+ACTIVATIONS = (None, "silu", "swish")
+INDEX = (torch.int32, torch.int64)
+
+
+def causal_conv1d_fn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    *,
+    initial_states: torch.Tensor | None = None,
+    return_final_states: bool = False,
+    reverse: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor | Any:  # Any: a pair with return_final_states, which no caller should have to tell apart by type
+    """Convolve every channel over time with its own short causal filter, then apply SiLU if asked.
+
+    ::
+
+        out[b, d, t] = act(bias[d] + sum_k weight[d, width - 1 - k] * x[b, d, t - k])     k = 0 ... width - 1
+        out[b, d, t] = act(bias[d] + sum_k weight[d, width - 1 - k] * x[b, d, t + k])     with reverse
+
+    ``x`` before the first step is ``initial_states``, or zero. The sum is taken in float32 and rounded once.
+
+    Args:
+        x: (batch, dim, length), any floating dtype and any strides. Memory where time runs fastest and memory where
+            channels run fastest, a transposed (batch, length, dim), are both read in place, and so is a slice of
+            either, such as one half of a packed projection.
+        weight: (dim, width).
+        bias: (dim,).
+        activation: None, "silu" or its other name "swish".
+        initial_states: (batch, dim, width - 1), the inputs just before the first step, the nearest one last.
+        return_final_states: also return (batch, dim, width - 1), the last inputs, the latest one last: the
+            ``initial_states`` for a continuation. In the dtype of ``x``.
+        reverse: run from the last step to the first: the same as flipping ``x`` over time, convolving and flipping
+            back. "Before" and "last", above, are then meant in the order in which the steps are taken.
+        cu_seqlens: (sequences + 1,), int32 or int64: ``x`` has batch 1 and holds sequences back to back, sequence i
+            from ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``; none sees another. The values are not checked.
+        seq_idx: (batch, length), int32 or int64, another way to say the same: a step sees only steps of its own
+            index, and where the index is negative the output is zero.
+        backend: None chooses by device; "triton" or "reference" is used or refused.
+
+    Returns:
+        ``out`` of the shape and dtype of ``x``, with time or channels contiguous as in ``x``; with
+        ``return_final_states`` the pair ``(out, final_states)``.
+
+    Gradients reach ``x``, ``weight``, ``bias`` and ``initial_states``, each in its own dtype, summed in float32 in a
+    fixed order. There are no second derivatives on the Triton backend.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or arguments that exclude each
+            other; the message names the argument.
+    """
+    check = ArgumentCheck("causal_conv1d_fn")
+    check.tensor("x", x, "batch dim length")
+    check.tensor("weight", weight, "dim width")
+    width = weight.shape[1]
+    check.true(width >= 1, "weight with at least one tap", tuple(weight.shape))
+    if bias is not None:
+        check.tensor("bias", bias, "dim")
+    check.true(activation in ACTIVATIONS, "activation None, 'silu' or 'swish'", repr(activation))
+    if initial_states is not None:
+        check.sizes["width-1"] = width - 1
+        check.tensor("initial_states", initial_states, "batch dim width-1")
+    seq_idx = _sequence_index(check, x, cu_seqlens, seq_idx)
+    if seq_idx is not None:
+        check.true(initial_states is None, "no initial_states with cu_seqlens or seq_idx", "both")
+        check.true(not return_final_states, "no return_final_states with cu_seqlens or seq_idx", "both")
+
+    if choose_backend("causal_conv1d_fn", backend, x) == "reference":
+        out = causal_conv1d_ref(
+            x, weight, bias, activation, initial_states=initial_states, seq_idx=seq_idx, reverse=reverse
+        )
+    else:
+        raise NotImplementedError("causal_conv1d_fn: no Triton kernels yet; pass backend='reference'")
+    if return_final_states:
+        return out, _final_states(x, initial_states, width, reverse)
+    return out
+
+
+def _sequence_index(
+    check: ArgumentCheck, x: torch.Tensor, cu_seqlens: torch.Tensor | None, seq_idx: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The index of each step's sequence, (batch, length), or None where a row of the batch is one sequence."""
+    if seq_idx is not None:
+        check.tensor("seq_idx", seq_idx, "batch length", INDEX)
+        check.true(cu_seqlens is None, "one of cu_seqlens and seq_idx", "both")
+        return seq_idx
+    if cu_seqlens is None:
+        return None
+    check.tensor("cu_seqlens", cu_seqlens, "sequences+1", INDEX)
+    check.true(cu_seqlens.shape[0] >= 1, "cu_seqlens with at least one entry", tuple(cu_seqlens.shape))
+    check.true(x.shape[0] == 1, "x of batch 1 with cu_seqlens", f"batch {x.shape[0]}")
+    step = torch.arange(x.shape[2], device=x.device, dtype=cu_seqlens.dtype)
+    return (torch.bucketize(step, cu_seqlens, out_int32=True, right=True) - 1).unsqueeze(0)
+
+
+def _final_states(x: torch.Tensor, initial_states: torch.Tensor | None, width: int, reverse: bool) -> torch.Tensor:
+    """The last ``width - 1`` inputs in the order in which they are met, as a tensor of its own."""
+    if initial_states is None:
+        initial_states = x.new_zeros(x.shape[0], x.shape[1], width - 1)
+    last = x[..., : width - 1].flip(-1) if reverse else x[..., max(x.shape[2] - (width - 1), 0) :]
+    return torch.cat([initial_states.to(x.dtype)[..., last.shape[2] :], last], dim=-1)
