@@ -258,7 +258,7 @@ PRESETS: Mapping[str, Variant] = types.MappingProxyType(
             {
                 "arms": ("soft-kd", "soft-kd-a0", "cab"),
                 "log_every": 10,
-                "eval_every": 30,
+                "eval_every": 50,
                 "save_every": 150,
                 "data.name": "digits",
                 "data.fraction": 0.1,
@@ -273,6 +273,7 @@ PRESETS: Mapping[str, Variant] = types.MappingProxyType(
                 "teacher.num_heads": 4,
                 "teacher.steps": 300,
                 "student.name": "vim_micro_patch2_8",
+                "student.depth": 4,
                 "bridge.hidden": 64,
                 "optim.steps": 300,
                 "optim.batch_size": 32,

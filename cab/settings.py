@@ -13,6 +13,8 @@ from typing import Any
 
 from cab.config import ARMS, PRESETS, Config, Section, UserError, all_text, describe, known_name, nearest
 
+CONFIG = "config.yaml"  # the configuration in the folder of a run
+
 
 def resolve(preset: str | None = None, file: Path | None = None, settings: Iterable[str] = ()) -> Config:
     """Merge a preset, a YAML file and ``key=value`` settings, the later over the earlier, into a checked Config.
@@ -42,6 +44,18 @@ def resolve(preset: str | None = None, file: Path | None = None, settings: Itera
 def of_arm(config: Config, arm: str) -> Config:
     """The run with the values that the arm fixes."""
     return _build({**flatten(config), **ARMS[arm].overrides, "arms": (arm,)})
+
+
+def of_run(folder: Path) -> Config:
+    """The configuration of the run in a folder.
+
+    Raises:
+        UserError: no such folder, or not the folder of a run.
+    """
+    if not (folder / CONFIG).is_file():
+        found = f"{folder} without {CONFIG}" if folder.is_dir() else f"no folder {folder}"
+        raise UserError(f"expected the folder of a run, got {found}")
+    return resolve(file=folder / CONFIG)
 
 
 def read(file: Path) -> dict[str, Any]:

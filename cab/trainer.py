@@ -6,10 +6,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, cast
 
 import safetensors.torch
 import torch
@@ -96,7 +96,7 @@ class TaskTrainer(Trainer):
             {name: test[name] for name in MEASURES if name in test}, seconds, images * self.args.world_size / seconds
         )
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Matrices and convolutions; not A_log, D, biases, norms, position embeddings or tokens."""
         spared = model.no_weight_decay()
         return [name for name, parameter in model.named_parameters() if parameter.dim() > 1 and name not in spared]
@@ -144,7 +144,7 @@ class TaskTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         images = self.args.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return RunOrder(len(dataset), images * self.args.world_size, self.args.seed)
+        return RunOrder(len(cast(Sized, dataset)), images * self.args.world_size, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
