@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cab.bridge import Bridges, BridgeWeights
+from cab.distill.targets import Target, TeacherTargets
 from cab.students.student import Projections
 from cab_kernels import bridge_mse_grouped
 
@@ -36,6 +37,7 @@ class Alignment:
     Args:
         bridges: phi, for every layer and direction.
         projections: the student's B and C, a tuple a layer with one entry a direction.
+        targets: what K and Q are turned into before they are met.
         layer_map: g, the teacher layer of each student layer; it never goes back.
         token_index: (length,) the teacher token of each student token, -1 for none.
 
@@ -46,10 +48,12 @@ class Alignment:
         self,
         bridges: Bridges,
         projections: Sequence[Sequence[Projections]],
+        targets: TeacherTargets,
         layer_map: Sequence[int],
         token_index: Tensor,
     ) -> None:
         self.projections = projections
+        self.targets = targets
         self.layer_map = layer_map
         self.token_index = token_index
         counts = [bridges.directions * layer_map.count(layer) for layer in range(max(layer_map) + 1)]
@@ -62,11 +66,21 @@ class Alignment:
         students = [index for index, teacher in enumerate(self.layer_map) if teacher == layer]
         directions = [direction for index in students for direction in self.projections[index]]
         if directions:
-            self._add([direction.B for direction in directions], self.key_weights[layer], key)
-            self._add([direction.C for direction in directions], self.query_weights[layer], query)
+            self._add([direction.B for direction in directions], self.key_weights[layer], self.targets.key(layer, key))
+            self._add(
+                [direction.C for direction in directions], self.query_weights[layer], self.targets.query(layer, query)
+            )
 
-    def _add(self, sources: list[Tensor], weights: BridgeWeights, target: Tensor) -> None:
-        self.losses.append(bridge_mse_grouped(sources, *weights, target, token_index=self.token_index).sum())
+    def _add(self, sources: list[Tensor], weights: BridgeWeights, target: Target) -> None:
+        losses = bridge_mse_grouped(
+            sources,
+            *weights,
+            target.value,
+            token_index=self.token_index,
+            target_mean=target.mean,
+            target_rstd=target.rstd,
+        )
+        self.losses.append(losses.sum())
 
     def loss(self) -> Tensor:
         """The loss, 0-d float32, once all layers of the teacher have been met."""

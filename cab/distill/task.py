@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cab.bridge import Bridges
+from cab.distill.agreement import AdaptiveTrust, GradientAgreement, gradient_agreement
 from cab.distill.losses import Alignment, distillation_kl
 from cab.distill.schedule import AlignmentSchedule
+from cab.distill.targets import TargetKind, TeacherTargets
 from cab.layer_map import proportional
 from cab.students.student import Student
 from cab.teachers.timm import TimmTeacher
@@ -55,6 +57,7 @@ class DistillationTask(nn.Module):
         bridges: None for a task without alignment.
         weights: of the terms beside the alignment.
         schedule: the weight of the alignment over the run.
+        targets: what the bridges aim at, see :class:`cab.distill.targets.TeacherTargets`.
         layer_map: the teacher layer of each student layer; by default floor(l * T / L).
 
     Raises:
@@ -76,6 +79,7 @@ class DistillationTask(nn.Module):
         *,
         weights: LossWeights | None = None,
         schedule: AlignmentSchedule | None = None,
+        targets: TargetKind = "raw",
         layer_map: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
@@ -83,6 +87,7 @@ class DistillationTask(nn.Module):
         self.bridges = bridges
         self.weights = weights or LossWeights()
         self.schedule = schedule or AlignmentSchedule()
+        self.trust = AdaptiveTrust() if self.schedule.kind == "adaptive" else None
         self.alignment_weight = self.schedule.weight
         self.__dict__["teacher"] = teacher  # past nn.Module's registration: neither trained nor saved
         data = timm.data.resolve_data_config(model=student)
@@ -95,6 +100,7 @@ class DistillationTask(nn.Module):
         self.layer_map = list(layer_map or proportional(len(student.layers), teacher.num_layers))
         tokens = torch.tensor(token_map(student.token_layout, teacher.token_layout), dtype=torch.int32)
         self.register_buffer("token_index", tokens, persistent=False)
+        self.targets = TeacherTargets(targets, teacher.num_layers, teacher.key_width, teacher.query_width)
         self._check(student, teacher)
 
     def _check(self, student: Student, teacher: TimmTeacher) -> None:
@@ -131,7 +137,13 @@ class DistillationTask(nn.Module):
 
     def advance(self, step: int, total_steps: int) -> None:
         """Set the alignment's weight for ``step``, counted from 0, of a run of ``total_steps``."""
-        self.alignment_weight = self.schedule.weight_at(step, total_steps)
+        trust = 1.0 if self.trust is None else self.trust.value()
+        self.alignment_weight = self.schedule.weight_at(step, total_steps, trust)
+
+    def compare_gradients(self, images: Tensor) -> GradientAgreement:
+        """Norms and cosine of the gradients of the KL and of the alignment by the student's parameters."""
+        _, terms = self._terms(images, None, align=True)
+        return gradient_agreement(terms["kl"], terms["align"], list(self.student.parameters()))
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
         """One batch through student, teacher and bridges.
@@ -144,7 +156,20 @@ class DistillationTask(nn.Module):
             "loss", 0-d; "logits" of the student, (batch, classes); and the terms that were computed, unweighted and
             detached: "kl", "ce", "align".
         """
-        logits, alignment = self._run_student(images)
+        logits, terms = self._terms(images, labels, align=self.alignment_weight > 0)
+        weights = {"kl": self.weights.kd, "ce": self.weights.ce, "align": self.alignment_weight}
+        loss = torch.stack([weights[name] * term for name, term in terms.items() if weights[name]]).sum()
+        return {"loss": loss, "logits": logits, **{name: term.detach() for name, term in terms.items()}}
+
+    def _terms(self, images: Tensor, labels: Tensor | None, align: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's logits and the unweighted terms of the loss."""
+        alignment = None
+        normalised = (images - self.student_mean) / self.student_std
+        if self.bridges is not None and align:
+            logits, projections = self.student.forward_with_projections(normalised)
+            alignment = Alignment(self.bridges, projections, self.targets, self.layer_map, self.token_index)
+        else:
+            logits = self.student(normalised)
         terms: dict[str, Tensor] = {}
         if self.teacher is not None and (self.weights.kd or alignment is not None):
             teacher_logits = self.teacher(images, alignment)
@@ -153,13 +178,4 @@ class DistillationTask(nn.Module):
             terms["ce"] = F.cross_entropy(logits.float(), labels)
         if alignment is not None:
             terms["align"] = alignment.loss()
-        weights = {"kl": self.weights.kd, "ce": self.weights.ce, "align": self.alignment_weight}
-        loss = torch.stack([weights[name] * term for name, term in terms.items() if weights[name]]).sum()
-        return {"loss": loss, "logits": logits, **{name: term.detach() for name, term in terms.items()}}
-
-    def _run_student(self, images: Tensor) -> tuple[Tensor, Alignment | None]:
-        images = (images - self.student_mean) / self.student_std
-        if self.bridges is None or not self.alignment_weight:
-            return self.student(images), None
-        logits, projections = self.student.forward_with_projections(images)
-        return logits, Alignment(self.bridges, projections, self.layer_map, self.token_index)
+        return logits, terms
