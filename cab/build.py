@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import timm
@@ -16,7 +16,8 @@ from torch import nn
 import cab.students.vim  # noqa: F401  registers the students with timm
 from cab.bridge import Bridges
 from cab.config import Config, TeacherConfig, UserError
-from cab.distill.schedule import AlignmentSchedule
+from cab.distill.schedule import AlignmentSchedule, Kind
+from cab.distill.targets import TargetKind
 from cab.distill.task import DistillationTask, LossWeights
 from cab.students.student import Student
 from cab.teachers.timm import TimmTeacher
@@ -108,13 +109,14 @@ def distillation_task(config: Config, teacher: nn.Module | None, classes: int) -
             tapped,
             bridges,
             weights=LossWeights(kd=loss.kl, ce=loss.ce, temperature=loss.temperature),
-            schedule=AlignmentSchedule(loss.schedule, loss.align, loss.until),
+            schedule=AlignmentSchedule(cast(Kind, loss.schedule), loss.align, loss.until),
+            targets=cast(TargetKind, config.bridge.targets),
         )
 
 
 def supervised_task(model: nn.Module) -> DistillationTask:
     """A task that trains or measures a model on the labels alone."""
-    return DistillationTask(model, weights=LossWeights(kd=0.0, ce=1.0))
+    return DistillationTask(cast(Student, model), weights=LossWeights(kd=0.0, ce=1.0))
 
 
 def _create(name: str, key: str, image_size: int, shape: dict[str, int | None], **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The command line, and the only reader of arguments and environment. Torch loads when a command needs it, not before."""
+"""The command line, the only reader of arguments and environment. Torch loads when a command needs it, not before."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from cab.config import ARMS, PRESETS, UserError
 from cab.settings import of_run, resolve, to_yaml
 
 # What the extra "vision" brings; a missing one is the user's to install, any other import error is ours.
-_EXTRA = {"accelerate", "matplotlib", "safetensors", "sklearn", "tensorboard", "timm", "torchvision", "tqdm", "transformers", "yaml"}  # fmt: skip
+_EXTRA = {"accelerate", "matplotlib", "safetensors", "sklearn", "tensorboard", "timm", "torchvision", "tqdm"} | {
+    "transformers",
+    "yaml",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

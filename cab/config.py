@@ -153,6 +153,11 @@ class BridgeConfig(Section):
 
     enabled: bool = _option(True, "align the student's B and C with the teacher's K and Q")
     hidden: int = _option(128, "width of a bridge's hidden layer", at_least=1)
+    targets: str = _option(
+        "raw",
+        "K and Q as they are (raw), each channel standardised, or through the published code's softmax",
+        choices=("raw", "standardised", "softmax"),
+    )
 
 
 @dataclass(frozen=True)
@@ -167,10 +172,11 @@ class LossConfig(Section):
     align: float = _option(1.0, "weight of the alignment, where bridge.enabled", at_least=0)
     schedule: str = _option(
         "constant",
-        "of the alignment's weight: constant, until (then 0), or ramp (falls to 0)",
-        choices=("constant", "until", "ramp"),
+        "of the alignment's weight: constant, until (then 0), ramp (falls to 0), or adaptive (follows the agreement "
+        "of its gradient with the KL's)",
+        choices=("constant", "until", "ramp", "adaptive"),
     )
-    until: float = _option(1.0, "share of the steps after which the alignment ends", above=0, at_most=1)
+    until: float = _option(1.0, "share of the steps after which until and ramp end", above=0, at_most=1)
 
 
 @dataclass(frozen=True)
@@ -225,8 +231,13 @@ class Config(Section):
                 )
         if self.data.name == "folder" and self.data.root is None:
             raise UserError("expected data.root, a folder with train/CLASS and val/CLASS, got none")
-        if not self.loss.kl and not self.loss.ce and not self.bridge.enabled:
-            raise UserError("expected loss.kl, loss.ce or bridge.enabled to leave something to learn, got none of them")
+        aligned_to_the_end = self.bridge.enabled and self.loss.align and self.loss.schedule == "constant"
+        if not self.loss.kl and not self.loss.ce and not aligned_to_the_end:
+            raise UserError("expected loss.kl, loss.ce or a constant loss.align above 0, got nothing to learn from")
+        if self.loss.schedule == "adaptive" and self.bridge.enabled and not self.loss.kl:
+            raise UserError("expected loss.kl above 0 for loss.schedule=adaptive, which compares with it, got 0.0")
+        if not (self.teacher.pretrained or self.teacher.weights or self.teacher.steps):
+            raise UserError("expected teacher.pretrained, teacher.weights or teacher.steps, got a teacher without any")
 
 
 @dataclass(frozen=True)
@@ -240,6 +251,14 @@ class Variant:
 ARMS: Mapping[str, Variant] = types.MappingProxyType(
     {
         "cab": Variant("the paper's: bridge and A ~ 0", {"bridge.enabled": True, "student.a_init": "zero"}),
+        "cab-adaptive": Variant(
+            "bridge, A ~ 0; the alignment's weight follows the agreement of the gradients",
+            {"bridge.enabled": True, "student.a_init": "zero", "loss.schedule": "adaptive"},
+        ),
+        "cab-softmax": Variant(
+            "the published code's targets and weight: bridge to softmax of K and Q, A ~ 0",
+            {"bridge.enabled": True, "student.a_init": "zero", "bridge.targets": "softmax", "loss.align": 3.0},
+        ),
         "cab-s4d": Variant("bridge, Mamba's own A", {"bridge.enabled": True, "student.a_init": "s4d"}),
         "soft-kd": Variant("control: KL alone, Mamba's own A", {"bridge.enabled": False, "student.a_init": "s4d"}),
         "soft-kd-a0": Variant("control: KL alone, A ~ 0", {"bridge.enabled": False, "student.a_init": "zero"}),
@@ -271,7 +290,8 @@ PRESETS: Mapping[str, Variant] = types.MappingProxyType(
                 "teacher.embed_dim": 64,
                 "teacher.depth": 4,
                 "teacher.num_heads": 4,
-                "teacher.steps": 300,
+                "teacher.steps": 800,
+                "teacher.lr": 2e-3,
                 "student.name": "vim_micro_patch2_8",
                 "student.depth": 4,
                 "bridge.hidden": 64,

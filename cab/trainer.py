@@ -23,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from cab.config import Config, UserError
 from cab.data.order import RunOrder
+from cab.distill.task import DistillationTask
 
 METRICS = "metrics.jsonl"
 WEIGHTS = "model.safetensors"
@@ -47,12 +48,12 @@ class Outcome(NamedTuple):
 class TaskTrainer(Trainer):
     """Trains a task: a module whose forward returns its loss, its logits and the terms of the loss.
 
-    Adds to ``Trainer``: decay groups that spare what decay would spoil, every loss term in the logs without a
-    synchronisation a step, an order of the data that lasts the whole run, checkpoints without pickled arguments that
-    load strictly, and a ``metrics.jsonl`` that a resumed run continues.
+    Adds to ``Trainer``: decay groups that spare what decay would spoil, the alignment's schedule, every loss term in
+    the logs without a synchronisation a step, an order of the data that lasts the whole run, checkpoints without
+    pickled arguments that load strictly, and a ``metrics.jsonl`` that a resumed run continues.
 
     Args:
-        task: also has ``no_weight_decay()`` and ``advance(step, total_steps)``.
+        task: what is trained.
         config: of the run.
         folder: where metrics, events and checkpoints go.
         train, test: data sets of ``{"images", "labels"}``.
@@ -62,11 +63,12 @@ class TaskTrainer(Trainer):
     loss_is_scaled_for_ga = False  # the task's loss is a mean over its batch: Trainer divides by the accumulation
 
     def __init__(
-        self, task: nn.Module, config: Config, folder: Path, train: Dataset, test: Dataset, name: str = ""
+        self, task: DistillationTask, config: Config, folder: Path, train: Dataset, test: Dataset, name: str = ""
     ) -> None:
         self.metrics = MetricsFile(folder / METRICS)
         self._sums: dict[str, Tensor] = {}
         self._passes = 0
+        self._compared_at = -1
         super().__init__(
             model=task,
             args=_arguments(config, folder),
@@ -100,6 +102,18 @@ class TaskTrainer(Trainer):
         """Matrices and convolutions; not A_log, D, biases, norms, position embeddings or tokens."""
         spared = model.no_weight_decay()
         return [name for name, parameter in model.named_parameters() if parameter.dim() > 1 and name not in spared]
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        step = self.state.global_step
+        trust = self.model.trust
+        if trust is not None and step != self._compared_at and trust.is_due(step, self.state.max_steps):
+            self._compared_at = step  # once a step, however many batches accumulate in it
+            with self.accelerator.autocast():
+                agreement = self.model.compare_gradients(self._prepare_inputs(inputs)["images"])
+            trust.observe(agreement.cosine)
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self,
@@ -138,6 +152,8 @@ class TaskTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "learning_rate" in logs and self._passes:
             logs |= {name: total.item() / self._passes for name, total in self._sums.items()}
+            if self.model.bridges is not None:
+                logs["align_weight"] = self.model.alignment_weight
             self._sums, self._passes = {}, 0
         super().log(logs, start_time)
 
@@ -196,7 +212,9 @@ class MetricsFile(TrainerCallback):
             raise UserError(
                 f"expected a finite loss, got {named['loss']} at step {state.global_step}; a lower optim.lr may help"
             )
-        kept = {name: named[name] for name in (*MEASURES, "learning_rate", "grad_norm") if name in named}
+        kept = {
+            name: named[name] for name in (*MEASURES, "align_weight", "learning_rate", "grad_norm") if name in named
+        }
         seconds = (self._paused_at or _now()) - self._started
         self.entries.append({"step": state.global_step, "split": split, "seconds": round(seconds, 3), **kept})
         with self.file.open("a") as lines:

@@ -66,7 +66,7 @@ def read_index(file: Path, names: Sequence[str], classes: Sequence[str]) -> list
         content = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"expected an index file written by 'cab subset', got {file}: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("classes"), dict):
         raise UserError(f"expected an index file of format {FORMAT!r}, got {file}")
     by_class: dict[str, list[str]] = content["classes"]
     for name in classes:

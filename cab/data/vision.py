@@ -39,9 +39,9 @@ class Splits(NamedTuple):
         chosen: indices into ``full`` of the student's part.
     """
 
-    full: Dataset[Sample]
-    train: Dataset[Sample]
-    test: Dataset[Sample]
+    full: Digits | FolderImages
+    train: Subset[Sample]
+    test: Digits | FolderImages
     classes: Sequence[str]
     names: Sequence[str]
     labels: Sequence[int]
