@@ -124,13 +124,14 @@ def _create(name: str, key: str, image_size: int, shape: dict[str, int | None], 
         close = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UserError(f"expected {key} to be a model that timm knows, got {name!r}{hint}")
-    options |= {option: value for option, value in shape.items() if value is not None}
+    given = {option: value for option, value in shape.items() if value is not None}
     published = timm.get_pretrained_cfg(name)
     if published is None or published.input_size[-1] != image_size:
         options["img_size"] = image_size
         options["pretrained_cfg_overlay"] = {"input_size": (3, image_size, image_size)}
-    with _refused(f"expected {key}={name} to take images of {image_size} x {image_size} pixels and {shape}"):
-        return timm.create_model(name, **options)
+    wanted = "".join(f", {option}={value}" for option, value in given.items())
+    with _refused(f"expected {key}={name} to take images of {image_size} x {image_size} pixels{wanted}"):
+        return timm.create_model(name, **given, **options)
 
 
 def _load(model: nn.Module, file: Path, teacher: TeacherConfig) -> None:

@@ -110,6 +110,7 @@ class TaskTrainer(Trainer):
         trust = self.model.trust
         if trust is not None and step != self._compared_at and trust.is_due(step, self.state.max_steps):
             self._compared_at = step  # once a step, however many batches accumulate in it
+            model.train()  # the step before may have ended in an evaluation
             with self.accelerator.autocast():
                 agreement = self.model.compare_gradients(self._prepare_inputs(inputs)["images"])
             trust.observe(agreement.cosine)
