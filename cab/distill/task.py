@@ -67,6 +67,7 @@ class DistillationTask(nn.Module):
     student: Student
     teacher: TimmTeacher | None
     bridges: Bridges | None
+    _alignment_weight: Tensor
     student_mean: Tensor
     student_std: Tensor
     token_index: Tensor
@@ -89,6 +90,8 @@ class DistillationTask(nn.Module):
         self.schedule = schedule or AlignmentSchedule()
         self.trust = AdaptiveTrust() if self.schedule.kind == "adaptive" else None
         self.alignment_weight = self.schedule.weight
+        # The same number where the loss is computed, so that a captured step follows it.
+        self.register_buffer("_alignment_weight", torch.tensor(self.schedule.weight), persistent=False)
         self.__dict__["teacher"] = teacher  # past nn.Module's registration: neither trained nor saved
         data = timm.data.resolve_data_config(model=student)
         self.register_buffer("student_mean", torch.tensor(data["mean"]).view(-1, 1, 1), persistent=False)
@@ -142,6 +145,7 @@ class DistillationTask(nn.Module):
         """Set the alignment's weight for ``step``, counted from 0, of a run of ``total_steps``."""
         trust = 1.0 if self.trust is None else self.trust.value()
         self.alignment_weight = self.schedule.weight_at(step, total_steps, trust)
+        self._alignment_weight.fill_(self.alignment_weight)
 
     def compare_gradients(self, images: Tensor) -> GradientAgreement:
         """Norms and cosine of the gradients of the KL and of the alignment by the student's parameters."""
@@ -160,8 +164,11 @@ class DistillationTask(nn.Module):
             detached: "kl", "ce", "align".
         """
         logits, terms = self._terms(images, labels, align=self.alignment_weight > 0)
-        weights = {"kl": self.weights.kd, "ce": self.weights.ce, "align": self.alignment_weight}
-        loss = torch.stack([weights[name] * term for name, term in terms.items() if weights[name]]).sum()
+        weights = {"kl": self.weights.kd, "ce": self.weights.ce}
+        weighted = [weights[name] * term for name, term in terms.items() if weights.get(name)]
+        if "align" in terms:
+            weighted.append(self._alignment_weight * terms["align"])
+        loss = torch.stack(weighted).sum()
         return {"loss": loss, "logits": logits, **{name: term.detach() for name, term in terms.items()}}
 
     def _terms(self, images: Tensor, labels: Tensor | None, align: bool) -> tuple[Tensor, dict[str, Tensor]]:
