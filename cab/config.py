@@ -205,6 +205,7 @@ class Config(Section):
     precision: str = _option(
         "auto", "auto (bfloat16 on a GPU), float32 or bfloat16", choices=("auto", "float32", "bfloat16")
     )
+    graph: bool = _option(True, "on a GPU, replay forward and backward pass as one CUDA graph")
     log_every: int = _option(50, "steps between two entries of the training losses", at_least=1)
     eval_every: int = _option(1000, "steps between two evaluations", at_least=1)
     save_every: int = _option(1000, "steps between two checkpoints", at_least=1)

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, cast
@@ -24,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from cab.config import Config, UserError
 from cab.data.order import RunOrder
 from cab.distill.task import DistillationTask
+from cab.graphed import GraphedStep
 
 METRICS = "metrics.jsonl"
 WEIGHTS = "model.safetensors"
@@ -85,6 +86,10 @@ class TaskTrainer(Trainer):
             ],
         )
         self.remove_callback(PrinterCallback)
+        self.graphed: Callable[..., dict[str, Tensor]] | None = None
+        if config.graph and self.args.device.type == "cuda":
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+            self.graphed = GraphedStep(task, dtype, self.args.gradient_accumulation_steps)
 
     def run(self, resume: bool = False) -> Outcome:
         """Train, from the folder's last checkpoint where ``resume`` and there is one, and report."""
@@ -106,15 +111,14 @@ class TaskTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        step = self.state.global_step
-        trust = self.model.trust
-        if trust is not None and step != self._compared_at and trust.is_due(step, self.state.max_steps):
-            self._compared_at = step  # once a step, however many batches accumulate in it
-            model.train()  # the step before may have ended in an evaluation
-            with self.accelerator.autocast():
-                agreement = self.model.compare_gradients(self._prepare_inputs(inputs)["images"])
-            trust.observe(agreement.cosine)
-        return super().training_step(model, inputs, num_items_in_batch)
+        model.train()  # the step before may have ended in an evaluation
+        inputs = self._prepare_inputs(inputs)
+        self._compare_gradients(inputs["images"])
+        if self.graphed is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        outputs = self.graphed(**inputs)
+        self._count(outputs)
+        return outputs["loss"] / self.args.gradient_accumulation_steps
 
     def compute_loss(
         self,
@@ -124,11 +128,25 @@ class TaskTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         outputs = model(**inputs)
+        self._count(outputs)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def _compare_gradients(self, images: Tensor) -> None:
+        """Feed an adaptive schedule, once a step however many batches accumulate in it."""
+        trust, step = self.model.trust, self.state.global_step
+        if trust is None or step == self._compared_at or not trust.is_due(step, self.state.max_steps):
+            return
+        self._compared_at = step
+        with self.accelerator.autocast():
+            agreement = self.model.compare_gradients(images)
+        trust.observe(agreement.cosine)
+
+    def _count(self, outputs: dict[str, Tensor]) -> None:
+        """Add up the terms where they are; they are read when something is logged."""
         for name in TERMS:
             if name in outputs:
                 self._sums[name] = self._sums.get(name, 0) + outputs[name].detach().float()
         self._passes += 1
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def prediction_step(
         self,

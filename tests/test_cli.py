@@ -208,6 +208,54 @@ def test_a_folder_that_holds_files_is_not_written_to(tmp_path: Path, capsys: pyt
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
 
 
+def test_an_interruption_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cab.run.distill", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        main(["distill", "--out", str(tmp_path / "run")])
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == f"\ninterrupted; cab distill --resume {tmp_path / 'run'} goes on\n"
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Two classes of 6 training and 2 test images, 16 x 16."""
+    for split, count in (("train", 6), ("val", 2)):
+        for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (16, 16), colour).save(tmp_path / split / name / f"{index}.png")
+    return tmp_path
+
+
+def of_folder(images: Path, *settings: str) -> list[str]:
+    vision = ["data.name=folder", f"data.root={images}", "data.image_size=16", "optim.batch_size=4", "arms=cab"]
+    return [*distill(*vision, *settings), "--out", str(images / "run")]
+
+
+def test_a_folder_of_images_is_distilled_and_measured(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["subset", str(images), "--fraction", "0.5", "--out", str(images / "i.json")]) == 0
+    assert main(of_folder(images, f"data.index={images / 'i.json'}", "data.augment=crop")) == 0
+    assert "student sees 6 of 12 training images, tested on 4" in capsys.readouterr().out
+    (images / "val").rename(images / "away")
+    assert main(["eval", str(images / "run")]) == 2
+    assert "expected a folder " in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # newer Pythons warn of how torch starts its processes
+def test_a_broken_image_ends_the_run_with_its_name(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error crosses a process: it arrives with that process' traceback around it."""
+    (images / "train" / "red" / "3.png").write_bytes(b"no image")
+    assert main(of_folder(images, "data.fraction=1", "data.workers=1")) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith(f"cab distill: expected an image that can be read, got {images}/train/red/3.png: ")
+    assert not any("Traceback" in line for line in err)
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name in [name for name in sys.modules if name in ("cab.run", "cab.build")]:
         monkeypatch.delitem(sys.modules, name)
