@@ -53,7 +53,9 @@ def _figure(value: float | None, form: str) -> str:
 
 
 def plot(metrics: Mapping[str, Sequence[Mapping[str, Any]]], teacher: float | None, title: str, file: Path) -> None:
-    """Draw accuracy and training loss over the steps as a PNG.
+    """Draw accuracy and the training loss that the arms share over the steps as a PNG.
+
+    The whole losses of the arms are different sums: what compares is the KL, and without a teacher the cross-entropy.
 
     Args:
         metrics: the entries of each arm's ``metrics.jsonl``.
@@ -65,14 +67,15 @@ def plot(metrics: Mapping[str, Sequence[Mapping[str, Any]]], teacher: float | No
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     accuracy, loss = figure.subplots(1, 2)
+    shared = "kl" if any("kl" in entry for entries in metrics.values() for entry in entries) else "ce"
     for name, entries in metrics.items():
-        for axes, split, measure, scale in ((accuracy, "test", "accuracy", 100), (loss, "train", "loss", 1)):
-            points = [(entry["step"], scale * entry[measure]) for entry in entries if entry["split"] == split]
-            axes.plot(*zip(*points, strict=True), label=name)
+        for axes, split, measure, scale in ((accuracy, "test", "accuracy", 100), (loss, "train", shared, 1)):
+            of_split = [entry for entry in entries if entry["split"] == split and measure in entry]
+            axes.plot([entry["step"] for entry in of_split], [scale * entry[measure] for entry in of_split], label=name)
     if teacher is not None:
         accuracy.axhline(100 * teacher, color="gray", linestyle="--", label="teacher")
     accuracy.set(xlabel="step", ylabel="test accuracy (%)")
-    loss.set(xlabel="step", ylabel="training loss", yscale="log")
+    loss.set(xlabel="step", ylabel=f"training {shared.upper()}", yscale="log")
     accuracy.legend()
     for axes in (accuracy, loss):
         axes.grid(alpha=0.3)
