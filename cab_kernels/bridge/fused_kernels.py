@@ -42,6 +42,7 @@ class Tiles(NamedTuple):
 # H100, Triton 3.6, 16-128-192, bf16.
 TILES = Tiles(64, 64, 4, 1)
 INNER_STAGES, OUTER_STAGES, OUTER_COLUMNS, SINGLE = 2, 2, 1, False
+PARTIAL_BYTES = 64 * 2**20
 PROGRAMS = 2  # a multiprocessor has registers for so many
 MAX_HIDDEN = 128  # 256 spills a kilobyte of registers per thread
 MAX_WEIGHT = 16384  # BLOCK_STATE * BLOCK_HIDDEN: beyond it, dw1 does not fit into registers
@@ -414,7 +415,8 @@ def bridge_mse_fused(
     bridges, hidden, d_state, width = call.sizes
     x = call.xs[0]
     block_state, block_hidden = weight_blocks(d_state, hidden)
-    splits = choose_splits(bridges, cdiv(call.tokens, TILES.tokens), PROGRAMS * processors(x.device))
+    most = PARTIAL_BYTES // (4 * bridges * gradient_size(call))
+    splits = choose_splits(bridges, cdiv(call.tokens, TILES.tokens), PROGRAMS * processors(x.device), most)
     squares = x.new_empty((bridges, splits), dtype=torch.float32)
     counts = x.new_empty((bridges, splits), dtype=torch.int32)
     partials = None
@@ -479,9 +481,9 @@ def bridge_mse_fused(
 
 
 @functools.lru_cache
-def choose_splits(bridges: int, tiles: int, places: int) -> int:
+def choose_splits(bridges: int, tiles: int, places: int, most: int) -> int:
     """Programs per bridge: the fewest whose slowest place on the GPU is within 5 % of the best choice's."""
-    most = max(1, min(tiles, 64, 1024 // bridges))
+    most = max(1, min(tiles, most))
     rounds = {splits: cdiv(bridges * splits, places) * cdiv(tiles, splits) for splits in range(1, most + 1)}
     best = min(rounds.values())
     return min(splits for splits, count in rounds.items() if count <= 1.05 * best)

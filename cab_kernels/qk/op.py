@@ -101,6 +101,8 @@ def extract_qk(
     check.true(
         not asked, "no gradient to be asked of backend 'triton' (call it under torch.no_grad())", "requires_grad=True"
     )
+    if source.dtype == torch.float64:
+        raise TypeError("extract_qk: expected source of 32 or 16 bits for backend 'triton', got float64")
     return extract_qk_triton(source, head_dim=head_dim, **options)
 
 
