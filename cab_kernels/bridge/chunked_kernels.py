@@ -225,9 +225,9 @@ def bridge_mse_chunked(
                 for buffer, size in zip(buffers, (hidden, hidden, width, hidden), strict=True)
             )
             xc = _chunk_x(call, where, part, slice(start, stop))
-            torch.bmm(xc, w1.mT, out=z)
+            _multiply(xc, w1.mT, z)
             _launch(_chunk_silu_kernel, h, BLOCK_ROWS, z_ptr=z, b1_ptr=call.b1[first:], h_ptr=h, hidden_size=hidden)
-            torch.bmm(h, w2.mT, out=r)
+            _multiply(h, w2.mT, r)
             _launch(
                 _chunk_residual_kernel, r, ROWS, targets=tuple(call.targets), r_ptr=r, b2_ptr=call.b2,
                 db2_ptr=db2[:, number], squares_ptr=squares[part, number], counts_ptr=counts[part, number],
@@ -246,7 +246,7 @@ def bridge_mse_chunked(
             if needs_w1:
                 _multiply(h.mT, xc, grads.w1, add=number > 0)
             if dx is not None:
-                torch.bmm(h, w1, out=dx[part].view(len(w1), tokens, d_state)[:, start:stop])
+                _multiply(h, w1, dx[part].view(len(w1), tokens, d_state)[:, start:stop])
         if grads is not None:
             torch.sum(db1[: len(w1)].flatten(1, 2), 1, out=grads.b1)
             torch.sum(db2[: len(w1)].flatten(1, 2), 1, out=grads.b2)
@@ -276,12 +276,16 @@ class _Gradients:
 
 
 def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
-    """``left @ right`` into ``out``, or added to it, in out's dtype."""
+    """``left @ right`` of each bridge into ``out``, or added to it, in out's dtype."""
     to = {} if left.dtype == out.dtype else {"out_dtype": out.dtype}
+    if len(out) == 1:
+        # One product: as matrices, because cuBLAS splits long sums over multiprocessors only there.
+        left, right, out = left[0], right[0], out[0]
+    multiply, multiply_add = (torch.mm, torch.addmm) if out.dim() == 2 else (torch.bmm, torch.baddbmm)
     if add:
-        torch.baddbmm(out, left, right, **to, out=out)
+        multiply_add(out, left, right, **to, out=out)
     else:
-        torch.bmm(left, right, **to, out=out)
+        multiply(left, right, **to, out=out)
 
 
 def _launch(kernel, value: torch.Tensor, rows: int, **arguments: object) -> None:

@@ -28,7 +28,7 @@ from cab_kernels.bridge.fused_kernels import (
 
 NEEDS_X, NEEDS_W1, NEEDS_B1, NEEDS_W2, NEEDS_B2 = 1, 2, 4, 8, 16
 FUSED_DTYPES = (torch.bfloat16, torch.float16)  # float32 operands would double every register; cuBLAS does them
-BLOCK = 1024
+BLOCK, REDUCE_BLOCK = 1024, 256
 
 
 @triton.jit
@@ -44,22 +44,25 @@ def _bridge_reduce_kernel(
     parts,
     width,
     BLOCK: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
     """Sum one block of a bridge's partial gradients over the splits, in order; the first program makes the loss too."""
     bridge = tl.program_id(1)
     if partials_ptr is not None:
         offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for split in range(splits):
-            row = partials_ptr + (bridge * splits + split).to(tl.int64) * size
-            total += tl.load(row + offs, mask=offs < size, other=0.0)
-        tl.store(totals_ptr + bridge.to(tl.int64) * size + offs, total, mask=offs < size)
+        total = tl.zeros((BLOCK_SPLITS, BLOCK), tl.float32)
+        for first in range(0, splits, BLOCK_SPLITS):
+            split = first + tl.arange(0, BLOCK_SPLITS)
+            rows = partials_ptr + (bridge * splits + split).to(tl.int64) * size
+            mask = (split < splits)[:, None] & (offs < size)[None, :]
+            total += tl.load(rows[:, None] + offs[None, :], mask=mask, other=0.0)
+        tl.store(totals_ptr + bridge.to(tl.int64) * size + offs, tl.sum(total, 0), mask=offs < size)
     if tl.program_id(0) == 0:
         squares = tl.zeros((BLOCK_PARTS,), tl.float64)
         counts = tl.zeros((BLOCK_PARTS,), tl.int64)
-        for first in range(0, parts, BLOCK_PARTS):
-            part = first + tl.arange(0, BLOCK_PARTS)
+        for start in range(0, parts, BLOCK_PARTS):
+            part = start + tl.arange(0, BLOCK_PARTS)
             squares += tl.load(squares_ptr + bridge * parts + part, mask=part < parts, other=0.0).to(tl.float64)
             counts += tl.load(counts_ptr + bridge * parts + part, mask=part < parts, other=0).to(tl.int64)
         terms = tl.maximum(tl.sum(counts), 1).to(tl.float64) * width
@@ -335,7 +338,7 @@ def _reduce(
     bridges, _, _, width = call.sizes
     loss, factor = (squares.new_empty((bridges,)) for _ in range(2))
     size = gradient_size(call)
-    blocks = 1 if partials is None else cdiv(size, BLOCK)
+    blocks = 1 if partials is None else cdiv(size, REDUCE_BLOCK)
     _bridge_reduce_kernel[(blocks, bridges)](
         partials,
         squares,
@@ -347,8 +350,9 @@ def _reduce(
         1 if partials is None else partials.shape[1],
         squares.shape[1],
         width,
-        BLOCK=BLOCK,
-        BLOCK_PARTS=128,
+        BLOCK=REDUCE_BLOCK,
+        BLOCK_SPLITS=16,
+        BLOCK_PARTS=1024,
         num_warps=4,
         enable_fp_fusion=True,
     )

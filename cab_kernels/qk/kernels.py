@@ -75,6 +75,8 @@ def _extract_heads_kernel(
     stride_table_token,
     NORM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    HAS_PAIRS: tl.constexpr,
+    HAS_REST: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
@@ -100,9 +102,21 @@ def _extract_heads_kernel(
     mask_pair = read[:, None] & (pair < half)[None, :]
     mask_rest = read[:, None] & (channel < head_dim)[None, :]
     rows = rows[:, None]
-    first = tl.load(rows + (column + first_channel)[None, :] * stride_source_column, mask=mask_pair, other=0.0)
-    second = tl.load(rows + (column + second_channel)[None, :] * stride_source_column, mask=mask_pair, other=0.0)
-    rest = tl.load(rows + (column + channel)[None, :] * stride_source_column, mask=mask_rest, other=0.0)
+    both = tl.arange(0, 2 * BLOCK_HALF)
+    if HAS_PAIRS and INTERLEAVED:
+        mask_both = read[:, None] & (both < 2 * half)[None, :]
+        pairs = tl.load(rows + (column + both)[None, :] * stride_source_column, mask=mask_both, other=0.0)
+        first, second = tl.split(tl.reshape(pairs, (BLOCK_TOKENS, BLOCK_HALF, 2)))
+    elif HAS_PAIRS:
+        first = tl.load(rows + (column + first_channel)[None, :] * stride_source_column, mask=mask_pair, other=0.0)
+        second = tl.load(rows + (column + second_channel)[None, :] * stride_source_column, mask=mask_pair, other=0.0)
+    else:
+        first = tl.zeros((BLOCK_TOKENS, BLOCK_HALF), tl.float32)
+        second = first
+    if HAS_REST:
+        rest = tl.load(rows + (column + channel)[None, :] * stride_source_column, mask=mask_rest, other=0.0)
+    else:
+        rest = tl.zeros((BLOCK_TOKENS, BLOCK_REST), tl.float32)
     first, second, rest = first.to(tl.float32), second.to(tl.float32), rest.to(tl.float32)
     if NORM:
         first, second, rest = _normed(first, second, rest, mask_pair, mask_rest, head_dim, eps, NORM == 2)
@@ -113,16 +127,22 @@ def _extract_heads_kernel(
         first = tl.where(read[:, None], first, 0.0)
         second = tl.where(read[:, None], second, 0.0)
         rest = tl.where(read[:, None], rest, 0.0)
-    if cos_ptr is not None:
+    dtype = out_ptr.dtype.element_ty
+    if HAS_PAIRS:
         table = (batch * stride_table_batch + origin * stride_table_token)[:, None] + pair[None, :]
         cos = tl.load(cos_ptr + table, mask=mask_pair, other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + table, mask=mask_pair, other=0.0).to(tl.float32)
-        first, second = first * cos - second * sin, second * cos + first * sin
-        mask_pair = there[:, None] & (pair < half)[None, :]
-        tl.store(out_rows[:, None] + first_channel[None, :], first.to(out_ptr.dtype.element_ty), mask=mask_pair)
-        tl.store(out_rows[:, None] + second_channel[None, :], second.to(out_ptr.dtype.element_ty), mask=mask_pair)
-    mask_rest = there[:, None] & (channel < head_dim)[None, :]
-    tl.store(out_rows[:, None] + channel[None, :], rest.to(out_ptr.dtype.element_ty), mask=mask_rest)
+        first, second = (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
+        if INTERLEAVED:
+            pairs = tl.reshape(tl.join(first, second), (BLOCK_TOKENS, 2 * BLOCK_HALF))
+            tl.store(out_rows[:, None] + both[None, :], pairs, mask=there[:, None] & (both < 2 * half)[None, :])
+        else:
+            mask_pair = there[:, None] & (pair < half)[None, :]
+            tl.store(out_rows[:, None] + first_channel[None, :], first, mask=mask_pair)
+            tl.store(out_rows[:, None] + second_channel[None, :], second, mask=mask_pair)
+    if HAS_REST:
+        mask_rest = there[:, None] & (channel < head_dim)[None, :]
+        tl.store(out_rows[:, None] + channel[None, :], rest.to(dtype), mask=mask_rest)
 
 
 def extract_heads(
@@ -174,6 +194,8 @@ def extract_heads(
             half,
             NORM=0 if norm is None else NORMS[norm.kind],
             INTERLEAVED=rope is not None and rope.interleaved,
+            HAS_PAIRS=half > 0,
+            HAS_REST=2 * half < head_dim,
             BLOCK_TOKENS=tokens_per_program,
             BLOCK_HALF=block_half,
             BLOCK_REST=block_rest,

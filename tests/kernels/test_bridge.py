@@ -402,7 +402,7 @@ class TestOnGPU:
             torch.set_float32_matmul_precision(before)
         for name, exact, theirs, got in zip(NAMES[1:], truth[1:], plain[1:], ours[1:], strict=True):
             error, allowed = ((value.double() - exact).norm() / exact.norm() for value in (got, theirs))
-            assert error <= 1.1 * allowed + 1e-7, name
+            assert error <= 2 * allowed + torch.finfo(torch.float32).eps, name
             assert (error > 1e-5) == (precision == "high"), name
 
     @pytest.mark.parametrize("path", ["fused", "chunked"])
@@ -474,10 +474,7 @@ class TestOnGPU:
 
 
 FLAGS = {"HAS_MASK": True, "HAS_INDEX": True, "HAS_HEADS": True, "HAS_STATISTICS": True}
-BLOCKS = {"BLOCK_TOKENS": 64, "BLOCK_STATE": 16, "BLOCK_HIDDEN": 128, "BLOCK_WIDTH": 64, "NVIDIA_BF16": True}
-INNER = {"NEEDS_X": True, "NEEDS_W1": True, "NEEDS_W2": False, "COLUMNS": 3}
-WALK = {"NEEDS_X": True, "NEEDS_W1": True, "NEEDS_W2": False, "COLUMNS": 0}
-OUTER = {"NEEDS_X": False, "NEEDS_W1": False, "NEEDS_W2": True, "COLUMNS": 1, "dx_ptr": None, "squares_ptr": None}
+BLOCKS = {"BLOCK_TOKENS": 128, "BLOCK_STATE": 16, "BLOCK_HIDDEN": 128, "BLOCK_WIDTH": 64, "NVIDIA_BF16": True}
 ROWS = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 128}
 TYPES = {
     "*fp32": "w1 b1 w2 b2 mean rstd partials squares totals loss factor incoming db1 db2 out_w1 out_b1 out_w2 out_b2",
@@ -499,20 +496,28 @@ def spec(module, kernel, constexprs, **options):
     }  # fmt: skip
 
 
-def test_every_kernel_compiles_for_gpus_that_are_not_here(compile_offline):
-    tiles = {"num_warps": 4, "num_stages": 2}
+def test_fused_kernels_compile_for_gpus_that_are_not_here(compile_offline):
+    tiles = {"num_warps": 8, "num_stages": 1}
     nothing = {"mask_ptr": None, "index_ptr": None, "mean_ptr": None, "rstd_ptr": None} | dict.fromkeys(FLAGS, False)
     log = compile_offline(
         [
-            spec(FUSED, "_bridge_kernel", FLAGS | BLOCKS | INNER, **tiles),
-            spec(FUSED, "_bridge_kernel", nothing | BLOCKS | WALK, **tiles),
-            spec(FUSED, "_bridge_kernel", FLAGS | BLOCKS | OUTER, **tiles),
-            spec(KERNELS, "_bridge_reduce_kernel", {"BLOCK": 1024, "BLOCK_PARTS": 128}),
+            spec(FUSED, "_bridge_inner_kernel", FLAGS | BLOCKS | {"NEEDS_X": True, "NEEDS_W1": True}, **tiles),
+            spec(FUSED, "_bridge_inner_kernel", nothing | BLOCKS | {"NEEDS_X": False, "NEEDS_W1": False}, **tiles),
+            spec(FUSED, "_bridge_outer_kernel", FLAGS | BLOCKS, **tiles),
+        ]
+    )
+    assert log.count("sm_90") == 3
+
+
+def test_other_kernels_compile_for_gpus_that_are_not_here(compile_offline):
+    log = compile_offline(
+        [
+            spec(KERNELS, "_bridge_reduce_kernel", {"BLOCK": 256, "BLOCK_SPLITS": 16, "BLOCK_PARTS": 1024}),
             spec(KERNELS, "_bridge_scale_kernel", {"BLOCK": 1024}),
             spec(CHUNKED, "_chunk_x_kernel", ROWS | {"HAS_MASK": True, "HAS_INDEX": True}),
             spec(CHUNKED, "_chunk_silu_kernel", ROWS),
-            spec(CHUNKED, "_chunk_residual_kernel", FLAGS | ROWS | {"ROWS": 256}),
-            spec(CHUNKED, "_chunk_slope_kernel", ROWS | {"ROWS": 256}),
+            spec(CHUNKED, "_chunk_residual_kernel", FLAGS | ROWS | {"ROWS": 64}),
+            spec(CHUNKED, "_chunk_slope_kernel", ROWS | {"ROWS": 64}),
         ]
     )
-    assert log.count("sm_90") == 9
+    assert log.count("sm_90") == 6

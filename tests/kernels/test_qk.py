@@ -217,7 +217,9 @@ def test_kernel_compiles_for_gpus_that_are_not_here(compile_offline):
         "options": {"num_warps": 4},
     }
     blocks = {"BLOCK_TOKENS": 32, "BLOCK_HALF": 32, "BLOCK_REST": 64}
-    plain = {"NORM": 0, "INTERLEAVED": False, "index_ptr": None} | dict.fromkeys(tables)
-    constexprs = [{"NORM": 2, "INTERLEAVED": True}, {"NORM": 1, "INTERLEAVED": False}, plain]
+    whole, parts = {"HAS_PAIRS": True, "HAS_REST": False}, {"HAS_PAIRS": True, "HAS_REST": True}
+    plain = {"NORM": 0, "INTERLEAVED": False, "HAS_PAIRS": False, "HAS_REST": True, "index_ptr": None}
+    constexprs = [{"NORM": 2, "INTERLEAVED": True, **whole}, {"NORM": 1, "INTERLEAVED": False, **parts}]
+    constexprs.append(plain | dict.fromkeys(tables))
     log = compile_offline([spec | {"constexprs": blocks | choice} for choice in constexprs])
     assert log.count("sm_90") == 3
