@@ -23,7 +23,7 @@ from cab_kernels.bridge.fused_kernels import Call, cdiv, load_target, match_toke
 CHUNK_TOKENS = 12288  # dw's read-modify-write then costs 3 % of its products
 CHUNK_BYTES = 128 * 2**20
 TILE = (128, 256)  # what cuBLAS gives a multiprocessor at a time
-BATCHED_WEIGHT = 512 * 512  # hidden * max(d_state, width): below it one product does not fill a GPU
+BATCHED_WEIGHT = 512 * 512  # hidden * max(d_state, width)
 BATCHED_BRIDGES = 8
 BLOCK_ROWS, BLOCK_COLUMNS, ROWS = 32, 128, 64  # a program of a reduction walks over ROWS tokens
 
@@ -163,7 +163,6 @@ def _chunk_slope_kernel(
     z_ptr,
     b1_ptr,
     dh_ptr,
-    dz_ptr,
     db1_ptr,
     chunk,
     hidden_size,
@@ -172,7 +171,7 @@ def _chunk_slope_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """dz = dh silu'(z + b1) over ROWS tokens of BLOCK_COLUMNS channels, with its sums over tokens."""
+    """dh times silu'(z + b1) over ROWS tokens of BLOCK_COLUMNS channels, in place, with its sums over tokens."""
     slot = tl.program_id(2)
     cols = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     b1 = tl.load(b1_ptr + slot * hidden_size + cols, mask=cols < hidden_size, other=0.0).to(tl.float32)
@@ -185,7 +184,7 @@ def _chunk_slope_kernel(
         s = sigmoid(z)
         dz = tl.load(dh_ptr + offs, mask=mask, other=0.0).to(tl.float32) * s * (1.0 + z * (1.0 - s))
         sums += dz
-        tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+        tl.store(dh_ptr + offs, dz.to(dh_ptr.dtype.element_ty), mask=mask)
     db1_row = db1_ptr + slot * stride_db1_bridge + tl.program_id(0) * hidden_size
     tl.store(db1_row + cols, tl.sum(sums, 0), mask=cols < hidden_size)
 
@@ -200,8 +199,7 @@ def bridge_mse_chunked(
     """
     bridges, hidden, d_state, width = call.sizes
     x, tokens = call.xs[0], call.tokens
-    small = hidden * max(d_state, width) <= BATCHED_WEIGHT
-    group = min(bridges, BATCHED_BRIDGES) if small else 1
+    group = min(bridges, BATCHED_BRIDGES) if is_small(hidden, d_state, width) else 1
     token_bytes = group * (2 * hidden + width) * x.element_size()
     chunk = choose_chunk(tokens, token_bytes, group * max(hidden, width), processors(x.device))
     chunks, parts = cdiv(tokens, chunk), cdiv(chunk, ROWS)
@@ -211,8 +209,6 @@ def bridge_mse_chunked(
     db1 = x.new_zeros((group, chunks, parts, hidden), dtype=torch.float32)
     db2 = x.new_zeros((group, chunks, parts, width), dtype=torch.float32)
     buffers = [x.new_empty(group * chunk * size) for size in (hidden, hidden, width)]
-    # Where products are cheap, dh is not rounded; in large bridges the wider buffer would cost a tenth of the time.
-    buffers.append(x.new_empty(group * chunk * hidden, dtype=torch.float32) if small else buffers[1])
     where = matching(call)
     for first in range(0, bridges, group):
         part = slice(first, min(first + group, bridges))
@@ -220,9 +216,9 @@ def bridge_mse_chunked(
         w1, w2 = call.w1[part].to(x.dtype), call.w2[part].to(x.dtype)
         for number, start in enumerate(range(0, tokens, chunk)):
             stop = min(start + chunk, tokens)
-            z, h, r, dh = (
+            z, h, r = (
                 buffer[: len(w1) * (stop - start) * size].view(len(w1), stop - start, size)
-                for buffer, size in zip(buffers, (hidden, hidden, width, hidden), strict=True)
+                for buffer, size in zip(buffers, (hidden, hidden, width), strict=True)
             )
             xc = _chunk_x(call, where, part, slice(start, stop))
             _multiply(xc, w1.mT, z)
@@ -238,9 +234,9 @@ def bridge_mse_chunked(
                 _multiply(r.mT, h, grads.w2, add=number > 0)
             if not needs_w1 and dx is None:
                 continue
-            _multiply(r, w2, dh)
+            _multiply(r, w2, h)
             _launch(
-                _chunk_slope_kernel, h, ROWS, z_ptr=z, b1_ptr=call.b1[first:], dh_ptr=dh, dz_ptr=h,
+                _chunk_slope_kernel, h, ROWS, z_ptr=z, b1_ptr=call.b1[first:], dh_ptr=h,
                 db1_ptr=db1[:, number], hidden_size=hidden, stride_db1_bridge=db1.stride(0), ROWS=ROWS,
             )  # fmt: skip
             if needs_w1:
@@ -253,6 +249,11 @@ def bridge_mse_chunked(
     if totals is not None and tokens == 0:
         totals.zero_()
     return squares.flatten(1), counts.flatten(1)
+
+
+def is_small(hidden: int, d_state: int, width: int) -> bool:
+    """Whether one bridge's products leave a GPU idle."""
+    return hidden * max(d_state, width) <= BATCHED_WEIGHT
 
 
 @functools.lru_cache

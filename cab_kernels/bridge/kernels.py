@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from cab_kernels.bridge.chunked_kernels import bridge_mse_chunked
+from cab_kernels.bridge.chunked_kernels import bridge_mse_chunked, is_small
 from cab_kernels.bridge.fused_kernels import (
     MAX_HIDDEN,
     MAX_WEIGHT,
@@ -129,12 +129,19 @@ def _fused(w1: torch.Tensor, compute: torch.dtype) -> bool:
     return compute in FUSED_DTYPES and hidden <= MAX_HIDDEN and d_state <= widest
 
 
-def _empty_dx(xs: list[torch.Tensor], fused: bool, compute: torch.dtype) -> torch.Tensor:
-    """A stack of gradients of xs; channels first like x where x is, if the kernel can write that."""
+def _empty_dx(xs: list[torch.Tensor], w1: torch.Tensor, w2: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
+    """A stack of gradients of xs; channels first like x where x is, if the kernel can write that.
+
+    Scaling in backward rounds dx once more. The fused kernels round so little before that this does not matter, and in
+    large bridges it is one rounding among many; in small ones that go through cuBLAS, dx is kept in float32 for it.
+    """
     x = xs[0]
     batch, length, d_state = x.shape
-    if fused and x.stride(1) < x.stride(2):
-        return x.new_empty((len(xs), batch, d_state, length), dtype=compute).transpose(2, 3)
+    if _fused(w1, compute):
+        if x.stride(1) < x.stride(2):
+            return x.new_empty((len(xs), batch, d_state, length), dtype=compute).transpose(2, 3)
+    elif is_small(w1.shape[1], d_state, w2.shape[1]):
+        compute = torch.float32
     return x.new_empty((len(xs), batch, length, d_state), dtype=compute)
 
 
@@ -177,7 +184,7 @@ def _forward(
             None if target_rstd is None else target_rstd.contiguous(),
         )
         fused = _fused(w1, compute)
-        dx = _empty_dx(xs, fused, compute) if needs & NEEDS_X else None
+        dx = _empty_dx(xs, w1, w2, compute) if needs & NEEDS_X else None
         needs_w1, needs_w2 = bool(needs & (NEEDS_W1 | NEEDS_B1)), bool(needs & (NEEDS_W2 | NEEDS_B2))
         totals = None
         if needs_w1 or needs_w2:
@@ -202,7 +209,7 @@ _forward_op = torch.library.custom_op("cab_kernels::bridge_mse", _forward, mutat
 @_forward_op.register_fake
 def _(xs, w1, b1, w2, b2, targets, mask, token_index, target_mean, target_rstd, compute, needs):
     bridges, hidden, d_state = w1.shape
-    dx = _empty_dx(xs, _fused(w1, compute), compute) if needs & NEEDS_X else xs[0].new_empty((0,), dtype=compute)
+    dx = _empty_dx(xs, w1, w2, compute) if needs & NEEDS_X else xs[0].new_empty((0,), dtype=compute)
     size = hidden * (d_state + 1) + w2.shape[1] * (hidden + 1)
     shape = (bridges, size) if needs & ~NEEDS_X else (0,)
     loss, factor = (w1.new_empty((bridges,), dtype=torch.float32) for _ in range(2))
