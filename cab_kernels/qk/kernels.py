@@ -123,9 +123,7 @@ def _extract_heads_kernel(
         first = _affine(first, weight_ptr, bias_ptr, first_channel, pair < half)
         second = _affine(second, weight_ptr, bias_ptr, second_channel, pair < half)
         rest = _affine(rest, weight_ptr, bias_ptr, channel, channel < head_dim)
-        # A bias would otherwise show in tokens that the index leaves out.
-        first = tl.where(read[:, None], first, 0.0)
-        second = tl.where(read[:, None], second, 0.0)
+        # A bias would otherwise show in tokens that the index leaves out; in pairs, cos and sin are 0 there.
         rest = tl.where(read[:, None], rest, 0.0)
     dtype = out_ptr.dtype.element_ty
     if HAS_PAIRS:
