@@ -84,7 +84,10 @@ def causal_conv1d_fn(
             x, weight, bias, activation, initial_states=initial_states, seq_idx=seq_idx, reverse=reverse
         )
     else:
-        raise NotImplementedError("causal_conv1d_fn: no Triton kernels yet; pass backend='reference'")
+        from cab_kernels.conv.kernels import MAX_WIDTH, causal_conv1d
+
+        check.true(width <= MAX_WIDTH, f"weight with at most {MAX_WIDTH} taps for backend 'triton'", width)
+        out = causal_conv1d(x, weight, bias, initial_states, seq_idx, activation is not None, reverse)
     if return_final_states:
         return out, _final_states(x, initial_states, width, reverse)
     return out
