@@ -34,6 +34,9 @@ import torch
 import triton
 import triton.language as tl
 
+from cab_kernels._backend import interpreting
+from cab_kernels.conv.device import sigmoid
+
 RUN = tl.constexpr(8)
 # The context must fit into one neighbouring run.
 MAX_WIDTH = RUN.value + 1
@@ -63,17 +66,23 @@ def _join_run(run):
 
 
 @triton.jit
+def _within(index, size):
+    """Whether 0 <= index < size, by one comparison."""
+    return index.to(tl.uint32) < tl.cast(size, tl.uint32)
+
+
+@triton.jit
 def _load_run(ptr, stride_row, start, offs_dim, dim, length, other, TIME_FAST: tl.constexpr):
     """The RUN steps from ``start`` (1, runs) on, of channels ``offs_dim`` (channels, 1); ``other`` outside."""
     if TIME_FAST:
         step = start[:, :, None] + tl.arange(0, RUN)[None, None, :]
-        inside = (offs_dim < dim)[:, :, None] & (step >= 0) & (step < length)
+        inside = (offs_dim < dim)[:, :, None] & _within(step, length)
         offset = (offs_dim.to(tl.int64) * stride_row)[:, :, None] + step
         run = _split_run(tl.load(ptr + offset, mask=inside, other=other))
     else:
         run = ()
         for j in tl.static_range(RUN):
-            inside = (offs_dim < dim) & (start + j >= 0) & (start + j < length)
+            inside = (offs_dim < dim) & _within(start + j, length)
             offset = offs_dim + start.to(tl.int64) * stride_row + j * stride_row
             run = run + (tl.load(ptr + offset, mask=inside, other=other),)
     return run
@@ -83,12 +92,12 @@ def _load_run(ptr, stride_row, start, offs_dim, dim, length, other, TIME_FAST: t
 def _store_run(ptr, run, stride_row, start, offs_dim, dim, length, TIME_FAST: tl.constexpr):
     if TIME_FAST:
         step = start[:, :, None] + tl.arange(0, RUN)[None, None, :]
-        inside = (offs_dim < dim)[:, :, None] & (step >= 0) & (step < length)
+        inside = (offs_dim < dim)[:, :, None] & _within(step, length)
         offset = (offs_dim.to(tl.int64) * stride_row)[:, :, None] + step
         tl.store(ptr + offset, _join_run(run).to(ptr.dtype.element_ty), mask=inside)
     else:
         for j in tl.static_range(RUN):
-            inside = (offs_dim < dim) & (start + j >= 0) & (start + j < length)
+            inside = (offs_dim < dim) & _within(start + j, length)
             offset = offs_dim + start.to(tl.int64) * stride_row + j * stride_row
             tl.store(ptr + offset, run[j].to(ptr.dtype.element_ty), mask=inside)
 
@@ -115,7 +124,7 @@ def _load_x(
         value = loaded[j].to(tl.float32)
         if HAS_INITIAL:
             column = _initial_column(start + j, length, WIDTH, REVERSE)
-            inside = (offs_dim < dim) & (column >= 0) & (column < WIDTH - 1)
+            inside = (offs_dim < dim) & _within(column, WIDTH - 1)
             value += tl.load(initial_ptr + offs_dim.to(tl.int64) * (WIDTH - 1) + column, mask=inside, other=0.0).to(tl.float32)
         run = run + (value,)
     return run
@@ -179,13 +188,9 @@ def _position(dim, groups, BLOCK_DIM: tl.constexpr):
 
 
 @triton.jit
-def _sizes(dim, length, stride_row, TIME_FAST: tl.constexpr, ALIGN: tl.constexpr):
-    """Tell the compiler that the sizes which the launcher found to be multiples of ALIGN are; int64 for the stride."""
-    if TIME_FAST:
-        length = tl.multiple_of(length, ALIGN)
-    else:
-        dim = tl.multiple_of(dim, ALIGN)
-    return dim, length, tl.multiple_of(stride_row, ALIGN).to(tl.int64)
+def _multiple(size, ALIGN: tl.constexpr):
+    """The size, which the launcher knows to be a multiple of ALIGN, in a form that tells the compiler so."""
+    return size // ALIGN * ALIGN
 
 
 @triton.jit(do_not_specialize=["dim", "length", "groups", "stride_x_batch", "stride_x_row"])
@@ -194,12 +199,14 @@ def _causal_conv1d_fwd_kernel(
     dim, length, groups, stride_x_batch, stride_x_row,
     WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ_IDX: tl.constexpr,
     SILU: tl.constexpr, REVERSE: tl.constexpr,
-    TIME_FAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_RUNS: tl.constexpr,
+    TIME_FAST: tl.constexpr, ALIGN: tl.constexpr, NATIVE: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_RUNS: tl.constexpr,
 ):  # fmt: skip
     pid_batch, offs_dim, pid_time = _position(dim, groups, BLOCK_DIM)
-    dim, length, stride_x_row = _sizes(dim, length, stride_x_row, TIME_FAST, ALIGN)
+    dim, length = _multiple(dim, 1 if TIME_FAST else ALIGN), _multiple(length, ALIGN if TIME_FAST else 1)
     stride_row = (length if TIME_FAST else dim).to(tl.int64)
-    x_ptr += pid_batch * tl.multiple_of(stride_x_batch, ALIGN)
+    stride_x_row = _multiple(stride_x_row, ALIGN).to(tl.int64)
+    x_ptr += pid_batch * _multiple(stride_x_batch, ALIGN)
     out_ptr += pid_batch * dim * length
     if HAS_INITIAL:
         initial_ptr += pid_batch * dim * (WIDTH - 1)
@@ -223,7 +230,7 @@ def _causal_conv1d_fwd_kernel(
     for i in tl.static_range(RUN):
         value = _convolve(x, seq, weight, bias, i, WIDTH, REVERSE, HAS_SEQ_IDX)
         if SILU:
-            value = value * tl.sigmoid(value)
+            value = value * sigmoid(value, NATIVE)
         if HAS_SEQ_IDX:
             value = tl.where(seq[i + (0 if REVERSE else WIDTH - 1)] >= 0, value, 0.0)
         out = out + (value,)
@@ -240,15 +247,17 @@ def _causal_conv1d_bwd_kernel(
     dim, length, groups, blocks, stride_x_batch, stride_x_row, stride_dout_batch, stride_dout_row,
     WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ_IDX: tl.constexpr,
     SILU: tl.constexpr, REVERSE: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DWEIGHT: tl.constexpr,
-    TIME_FAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_RUNS: tl.constexpr,
+    TIME_FAST: tl.constexpr, ALIGN: tl.constexpr, NATIVE: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_RUNS: tl.constexpr,
 ):  # fmt: skip
     pid_batch, offs_dim, pid_time = _position(dim, groups, BLOCK_DIM)
     partial_ptr += (pid_batch * groups + pid_time) * (WIDTH + 1) * dim
-    dim, length, stride_x_row = _sizes(dim, length, stride_x_row, TIME_FAST, ALIGN)
-    stride_dout_row = tl.multiple_of(stride_dout_row, ALIGN).to(tl.int64)
+    dim, length = _multiple(dim, 1 if TIME_FAST else ALIGN), _multiple(length, ALIGN if TIME_FAST else 1)
     stride_row = (length if TIME_FAST else dim).to(tl.int64)
-    x_ptr += pid_batch * tl.multiple_of(stride_x_batch, ALIGN)
-    dout_ptr += pid_batch * tl.multiple_of(stride_dout_batch, ALIGN)
+    stride_x_row = _multiple(stride_x_row, ALIGN).to(tl.int64)
+    stride_dout_row = _multiple(stride_dout_row, ALIGN).to(tl.int64)
+    x_ptr += pid_batch * _multiple(stride_x_batch, ALIGN)
+    dout_ptr += pid_batch * _multiple(stride_dout_batch, ALIGN)
     dx_ptr += pid_batch * dim * length
     if HAS_INITIAL:
         initial_ptr += pid_batch * dim * (WIDTH - 1)
@@ -292,8 +301,8 @@ def _causal_conv1d_bwd_kernel(
                 grad = tl.where(seq[i + (0 if REVERSE else WIDTH - 1)] >= 0, grad, 0.0)
             if SILU:
                 pre = _convolve(x, seq, weight, bias, i, WIDTH, REVERSE, HAS_SEQ_IDX)
-                sigmoid = tl.sigmoid(pre)
-                grad = grad * (sigmoid * (1.0 + pre * (1.0 - sigmoid)))
+                gate = sigmoid(pre, NATIVE)
+                grad = grad * (gate * (1.0 + pre * (1.0 - gate)))
             dpre = dpre + (grad,)
 
         if NEEDS_DX:
@@ -311,7 +320,7 @@ def _causal_conv1d_bwd_kernel(
             if HAS_INITIAL:
                 for i in tl.static_range(RUN):
                     column = _initial_column(start + i, length, WIDTH, REVERSE)
-                    inside = (offs_dim < dim) & (column >= 0) & (column < WIDTH - 1)
+                    inside = (offs_dim < dim) & _within(column, WIDTH - 1)
                     offset = offs_dim.to(tl.int64) * (WIDTH - 1) + column
                     tl.store(dinitial_ptr + offset, dx[i].to(dinitial_ptr.dtype.element_ty), mask=inside)
         if NEEDS_DWEIGHT:
@@ -401,6 +410,11 @@ def _alignment(time_fast: bool, *tensors: torch.Tensor) -> int:
     return math.gcd(RUN.value, *places)
 
 
+def _native(tensor: torch.Tensor) -> bool:
+    """Whether kernels on ``tensor`` may use the instructions of NVIDIA GPUs."""
+    return tensor.is_cuda and torch.version.hip is None and not interpreting()
+
+
 def causal_conv1d_fwd(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -440,6 +454,7 @@ def causal_conv1d_fwd(
             REVERSE=reverse,
             TIME_FAST=time_fast,
             ALIGN=_alignment(time_fast, x),
+            NATIVE=_native(x),
             BLOCK_DIM=tiling.block_dim,
             BLOCK_RUNS=tiling.block_runs,
             num_warps=tiling.num_warps,
@@ -507,6 +522,7 @@ def causal_conv1d_bwd(
                 NEEDS_DWEIGHT=needs_dweight,
                 TIME_FAST=time_fast,
                 ALIGN=_alignment(time_fast, x, dout),
+                NATIVE=_native(x),
                 BLOCK_DIM=tiling.block_dim,
                 BLOCK_RUNS=tiling.block_runs,
                 num_warps=tiling.num_warps,
