@@ -40,10 +40,7 @@ class ArgumentCheck:
         layouts = (layouts,) if isinstance(layouts, str) else layouts
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{self.function}: expected {name} to be a tensor, got {type(value).__name__}")
-        if value.dtype not in dtypes:
-            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            got = str(value.dtype).removeprefix("torch.")
-            raise TypeError(f"{self.function}: expected {name} of dtype {allowed}, got {got}")
+        self.dtype(name, value, dtypes)
         if self._device is None:
             self._device = value.device
         elif value.device != self._device:
@@ -55,6 +52,13 @@ class ArgumentCheck:
                 return layout
         allowed = " or ".join(map(_describe, layouts))
         raise ValueError(f"{self.function}: expected {name} of shape {allowed}, got {tuple(value.shape)}")
+
+    def dtype(self, name: str, value: torch.Tensor, dtypes: Sequence[torch.dtype]) -> None:
+        """Raise ``TypeError`` unless ``value`` is of one of ``dtypes``."""
+        if value.dtype not in dtypes:
+            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            got = str(value.dtype).removeprefix("torch.")
+            raise TypeError(f"{self.function}: expected {name} of dtype {allowed}, got {got}")
 
     def true(self, condition: bool, expected: str, got: object) -> None:
         """Raise ``ValueError`` unless ``condition`` holds."""

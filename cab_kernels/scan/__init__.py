@@ -1,0 +1,1 @@
+"""Selective scan: the state-space recurrence of Mamba, forward and backward."""
