@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from cab_kernels._backend import interpreting
 from cab_kernels.conv.device import sigmoid
@@ -105,11 +106,7 @@ def _store_run(ptr, run, stride_row, start, offs_dim, dim, length, TIME_FAST: tl
 @triton.jit
 def _initial_column(step, length, WIDTH: tl.constexpr, REVERSE: tl.constexpr):
     """The column of the initial states that stands for ``step``; within 0 ... WIDTH - 2 just for steps outside."""
-    if REVERSE:
-        column = length + (WIDTH - 2) - step
-    else:
-        column = step + (WIDTH - 1)
-    return column
+    return length + (WIDTH - 2) - step if REVERSE else step + (WIDTH - 1)
 
 
 @triton.jit
@@ -125,7 +122,9 @@ def _load_x(
         if HAS_INITIAL:
             column = _initial_column(start + j, length, WIDTH, REVERSE)
             inside = (offs_dim < dim) & _within(column, WIDTH - 1)
-            value += tl.load(initial_ptr + offs_dim.to(tl.int64) * (WIDTH - 1) + column, mask=inside, other=0.0).to(tl.float32)
+            value += tl.load(initial_ptr + offs_dim.to(tl.int64) * (WIDTH - 1) + column, mask=inside, other=0.0).to(
+                tl.float32
+            )
         run = run + (value,)
     return run
 
@@ -381,12 +380,12 @@ def _tiling(time_fast: bool, length: int, backward: bool) -> _Tiling:
     return _Tiling(4, 32, 4, 8)
 
 
-def _is_time_fast(x: torch.Tensor) -> bool:
+def _is_time_fast(x: Tensor) -> bool:
     """Whether kernels take time, not channels, as the axis along which memory runs."""
     return x.stride(1) != 1 or x.shape[1] == 1
 
 
-def _readable(tensor: torch.Tensor, time_fast: bool) -> torch.Tensor:
+def _readable(tensor: Tensor, time_fast: bool) -> Tensor:
     """The tensor itself if the axis along which the kernels read is contiguous, else a copy."""
     fast = 2 if time_fast else 1
     if tensor.stride(fast) == 1 or tensor.shape[fast] == 1:
@@ -394,13 +393,13 @@ def _readable(tensor: torch.Tensor, time_fast: bool) -> torch.Tensor:
     return tensor.contiguous() if time_fast else tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _empty_like(x: torch.Tensor, time_fast: bool) -> torch.Tensor:
+def _empty_like(x: Tensor, time_fast: bool) -> Tensor:
     """A dense tensor of the shape of ``x`` with the same axis contiguous."""
     batch, dim, length = x.shape
     return x.new_empty(batch, dim, length) if time_fast else x.new_empty(batch, length, dim).transpose(1, 2)
 
 
-def _alignment(time_fast: bool, *tensors: torch.Tensor) -> int:
+def _alignment(time_fast: bool, *tensors: Tensor) -> int:
     """The most elements, up to a run, that divide the contiguous axis and the place of every row of every tensor."""
     fast, slow = (2, 1) if time_fast else (1, 2)
     places = [tensors[0].shape[fast]]
@@ -410,20 +409,20 @@ def _alignment(time_fast: bool, *tensors: torch.Tensor) -> int:
     return math.gcd(RUN.value, *places)
 
 
-def _native(tensor: torch.Tensor) -> bool:
+def _native(tensor: Tensor) -> bool:
     """Whether kernels on ``tensor`` may use the instructions of NVIDIA GPUs."""
     return tensor.is_cuda and torch.version.hip is None and not interpreting()
 
 
 def causal_conv1d_fwd(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    initial_states: torch.Tensor | None,
-    seq_idx: torch.Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
     silu: bool,
     reverse: bool,
-) -> torch.Tensor:
+) -> Tensor:
     """Launch the forward kernel: ``out`` is dense, with the same axis contiguous as ``x``."""
     batch, dim, length = x.shape
     time_fast = _is_time_fast(x)
@@ -464,17 +463,17 @@ def causal_conv1d_fwd(
 
 
 def causal_conv1d_bwd(
-    dout: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    initial_states: torch.Tensor | None,
-    seq_idx: torch.Tensor | None,
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
     silu: bool,
     reverse: bool,
     needs_dx: bool,
     needs_dweight: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the backward kernels: dx, dweight, dbias, dinitial_states, of no elements where one is not needed.
 
     ``needs_dx`` stands for ``x`` and ``initial_states``, ``needs_dweight`` for ``weight`` and ``bias``: the kernel
@@ -545,18 +544,18 @@ def causal_conv1d_bwd(
     return dx, dweight, dbias, dinitial
 
 
-def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
 def _empty_gradients(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    initial_states: torch.Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_states: Tensor | None,
     needs_dx: bool,
     needs_dweight: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx = _empty_like(x, _is_time_fast(x)) if needs_dx else x.new_empty(0)
     dweight = weight.new_empty(weight.shape if needs_dweight else 0)
     dbias = x.new_empty(0) if bias is None or not needs_dweight else bias.new_empty(bias.shape)
@@ -568,14 +567,14 @@ def _empty_gradients(
 
 @torch.library.custom_op("cab_kernels::causal_conv1d", mutates_args=())
 def causal_conv1d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    initial_states: torch.Tensor | None,
-    seq_idx: torch.Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
     silu: bool,
     reverse: bool,
-) -> torch.Tensor:
+) -> Tensor:
     return causal_conv1d_fwd(x, weight, bias, initial_states, seq_idx, silu, reverse)
 
 
@@ -586,20 +585,18 @@ def _(x, weight, bias, initial_states, seq_idx, silu, reverse):
 
 @torch.library.custom_op("cab_kernels::causal_conv1d_backward", mutates_args=())
 def causal_conv1d_backward(
-    dout: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    initial_states: torch.Tensor | None,
-    seq_idx: torch.Tensor | None,
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
     silu: bool,
     reverse: bool,
     needs_dx: bool,
     needs_dweight: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return causal_conv1d_bwd(
-        dout, x, weight, bias, initial_states, seq_idx, silu, reverse, needs_dx, needs_dweight
-    )
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return causal_conv1d_bwd(dout, x, weight, bias, initial_states, seq_idx, silu, reverse, needs_dx, needs_dweight)
 
 
 @causal_conv1d_backward.register_fake
