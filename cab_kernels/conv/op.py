@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def causal_conv1d_fn(
     cu_seqlens: Tensor | None = None,
     seq_idx: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:  # Any: a pair with return_final_states, which no caller should have to tell apart by type
     """Convolve every channel over time with its own short causal filter, then apply SiLU if asked.
 
     ::

@@ -52,7 +52,8 @@ def _softplus(x):
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    e = tl.exp(-tl.abs(x))  # never overflows
+    return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
 
 
 @triton.jit
@@ -78,18 +79,13 @@ def _owned(length, dim, groups, cu_seqlens_ptr, BLOCK_DIM: tl.constexpr):
 
 
 @triton.jit
-def _load_vector(ptr, offs, mask):
-    """A parameter of each channel; zero where it is absent."""
+def _load_or_zeros(ptr, offs, mask):
+    """A parameter or a state; zeros where it is absent."""
     if ptr is None:
-        return tl.zeros(offs.shape, dtype=tl.float32)
-    return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_state(ptr, offs, mask):
-    if ptr is None:
-        return tl.zeros(offs.shape, dtype=tl.float32)
-    return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        values = tl.zeros(offs.shape, dtype=tl.float32)
+    else:
+        values = tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return values
 
 
 @triton.jit
@@ -140,10 +136,10 @@ def _selective_scan_fwd_kernel(
     offs_state = tl.arange(0, BLOCK_DSTATE)[None, :]
     mask = mask_dim[:, None] & (offs_state < dstate)
     offs = (sequence * dim + offs_dim)[:, None] * dstate + offs_state
-    A = _load_state(A_ptr, offs_dim[:, None] * dstate + offs_state, mask)
-    D = _load_vector(D_ptr, offs_dim, mask_dim)
-    bias = _load_vector(delta_bias_ptr, offs_dim, mask_dim)
-    h = _load_state(initial_state_ptr, offs, mask)
+    A = _load_or_zeros(A_ptr, offs_dim[:, None] * dstate + offs_state, mask)
+    D = _load_or_zeros(D_ptr, offs_dim, mask_dim)
+    bias = _load_or_zeros(delta_bias_ptr, offs_dim, mask_dim)
+    h = _load_or_zeros(initial_state_ptr, offs, mask)
     for i in range(start, end):
         t = start + end - 1 - i if REVERSE else i
         u = _load_channels(u_ptr, strides_u, batch, offs_dim, mask_dim, t)
@@ -165,8 +161,8 @@ def _selective_scan_fwd_kernel(
 
 @triton.jit
 def _advance(
-    h, A, bias, u_ptr, delta_ptr, B_ptr, strides_u, strides_delta, strides_B, batch, group, offs_dim, mask_dim, t, dstate,
-    DELTA_SOFTPLUS: tl.constexpr, CONSTANT_B: tl.constexpr, BLOCK_DSTATE: tl.constexpr,
+    h, A, bias, u_ptr, delta_ptr, B_ptr, strides_u, strides_delta, strides_B, batch, group, offs_dim, mask_dim, t,
+    dstate, DELTA_SOFTPLUS: tl.constexpr, CONSTANT_B: tl.constexpr, BLOCK_DSTATE: tl.constexpr,
 ):  # fmt: skip
     """The state after step t."""
     u = _load_channels(u_ptr, strides_u, batch, offs_dim, mask_dim, t)
@@ -198,9 +194,9 @@ def _selective_scan_bwd_kernel(
     offs_state = tl.arange(0, BLOCK_DSTATE)[None, :]
     mask = mask_dim[:, None] & (offs_state < dstate)
     offs = (sequence * dim + offs_dim)[:, None] * dstate + offs_state
-    A = _load_state(A_ptr, offs_dim[:, None] * dstate + offs_state, mask)
-    D = _load_vector(D_ptr, offs_dim, mask_dim)
-    bias = _load_vector(delta_bias_ptr, offs_dim, mask_dim)
+    A = _load_or_zeros(A_ptr, offs_dim[:, None] * dstate + offs_state, mask)
+    D = _load_or_zeros(D_ptr, offs_dim, mask_dim)
+    bias = _load_or_zeros(delta_bias_ptr, offs_dim, mask_dim)
 
     # Of the steps of all sequences, one after the other, this one's are the first: as many chunks at most lie before.
     tile = tl.arange(0, BLOCK_DIM)[:, None] * BLOCK_DSTATE + offs_state
@@ -208,7 +204,7 @@ def _selective_scan_bwd_kernel(
     blocks = tl.cdiv(dim // groups, BLOCK_DIM)
     befores_ptr += ((group * blocks + block) * befores + first // CHUNK + sequence) * (BLOCK_DIM * BLOCK_DSTATE) + tile
     states_ptr += tl.program_id(0).to(tl.int64) * (CHUNK * BLOCK_DIM * BLOCK_DSTATE) + tile
-    h = _load_state(initial_state_ptr, offs, mask)
+    h = _load_or_zeros(initial_state_ptr, offs, mask)
     for i in range(start, end):
         if (i - start) % CHUNK == 0:
             tl.store(befores_ptr + (i - start) // CHUNK * (BLOCK_DIM * BLOCK_DSTATE), h)
@@ -218,7 +214,7 @@ def _selective_scan_bwd_kernel(
             t, dstate, DELTA_SOFTPLUS, CONSTANT_B, BLOCK_DSTATE,
         )  # fmt: skip
 
-    dh = _load_state(dlast_state_ptr, offs, mask)
+    dh = _load_or_zeros(dlast_state_ptr, offs, mask)
     dA = tl.zeros((BLOCK_DIM, BLOCK_DSTATE), dtype=tl.float32)
     dB = tl.zeros((BLOCK_DIM, BLOCK_DSTATE), dtype=tl.float32)
     dC = tl.zeros((BLOCK_DIM, BLOCK_DSTATE), dtype=tl.float32)
@@ -241,6 +237,12 @@ def _selective_scan_bwd_kernel(
                 mask_dim, t, dstate, DELTA_SOFTPLUS, CONSTANT_B, BLOCK_DSTATE,
             )  # fmt: skip
         tl.debug_barrier()
+        # Sums over time are sums over chunks of sums over steps: one after the other, thousands of terms lose digits.
+        dA_chunk = tl.zeros((BLOCK_DIM, BLOCK_DSTATE), dtype=tl.float32)
+        dB_chunk = tl.zeros((BLOCK_DIM, BLOCK_DSTATE), dtype=tl.float32)
+        dC_chunk = tl.zeros((BLOCK_DIM, BLOCK_DSTATE), dtype=tl.float32)
+        dD_chunk = tl.zeros((BLOCK_DIM,), dtype=tl.float32)
+        dbias_chunk = tl.zeros((BLOCK_DIM,), dtype=tl.float32)
         for forth in range(chunk_start, chunk_end):
             i = chunk_start + chunk_end - 1 - forth
             t = start + end - 1 - i if REVERSE else i
@@ -268,24 +270,29 @@ def _selective_scan_bwd_kernel(
             dexponent = dh * decayed
             dstep = tl.sum(dexponent * A, axis=1) + dx * u
             if DELTA_SOFTPLUS:
-                dstep = tl.where(biased > 20.0, dstep, dstep * _sigmoid(biased))
+                dstep *= _sigmoid(biased)  # 1 in float32 long before 20, where softplus ends
             _store_channels(ddelta_ptr, strides_ddelta, batch, offs_dim, mask_dim, t, dstep)
             _store_channels(du_ptr, strides_du, batch, offs_dim, mask_dim, t, dx * step + dy * D)
-            dA += dexponent * step[:, None]
-            dD += dy * u
-            dbias += dstep
+            dA_chunk += dexponent * step[:, None]
+            dD_chunk += dy * u
+            dbias_chunk += dstep
             dB_t = dh * (step * u)[:, None]
             dC_t = h * dy[:, None]
             offs_sum = (batch_group_block * length + t) * dstate + offs_state
             if CONSTANT_B:
-                dB += dB_t
+                dB_chunk += dB_t
             elif dB_ptr is not None:
                 tl.store(dB_ptr + offs_sum, tl.sum(dB_t, axis=0)[None, :], mask=offs_state < dstate)
             if CONSTANT_C:
-                dC += dC_t
+                dC_chunk += dC_t
             elif dC_ptr is not None:
                 tl.store(dC_ptr + offs_sum, tl.sum(dC_t, axis=0)[None, :], mask=offs_state < dstate)
             dh *= tl.exp(step[:, None] * A)
+        dA += dA_chunk
+        dB += dB_chunk
+        dC += dC_chunk
+        dD += dD_chunk
+        dbias += dbias_chunk
 
     if dA_ptr is not None:
         tl.store(dA_ptr + offs, dA, mask=mask)
@@ -567,7 +574,7 @@ def _(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, ctx.reverse, _ = inputs
+    *tensors, ctx.delta_softplus, ctx.reverse, ctx.return_last_state = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
@@ -576,6 +583,7 @@ def _backward(ctx, dout, dlast_state):
     tensors = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:9])
     dout = torch.zeros_like(tensors[0]) if dout is None else dout
+    dlast_state = dlast_state if ctx.return_last_state else None
     gradients = iter(selective_scan_backward(dout, dlast_state, *tensors, ctx.delta_softplus, ctx.reverse, wanted))
     return *(next(gradients) if want else None for want in wanted), None, None, None, None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def selective_scan_fn(
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:  # Any: a pair with return_last_state, which no caller should have to tell apart by type
     """Scan a sequence with a diagonal state-space model whose step, input and output projections depend on the input.
 
     For each channel, with a state ``h`` of ``dstate`` numbers (Mamba, arXiv:2312.00752, section 3 and algorithm 2)::

@@ -1,0 +1,40 @@
+"""What distillation asks of a student."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from cab.token_map import TokenLayout
+
+
+class Projections(NamedTuple):
+    """B and C of one direction of one layer, (batch, length, d_state) each, in the tokens' own order."""
+
+    B: Tensor
+    C: Tensor
+
+
+class Student(nn.Module):
+    """A Mamba model whose forward pass yields B and C of every layer beside its output.
+
+    Attributes:
+        layers: the Mamba blocks.
+        directions: scan directions of a block, 1 or 2.
+        d_state: width of B and C.
+        token_layout: where the tokens stand in the sequence.
+    """
+
+    layers: nn.ModuleList
+    directions: int
+    d_state: int
+    token_layout: TokenLayout
+
+    def forward_with_projections(self, images: Tensor) -> tuple[Tensor, list[tuple[Projections, ...]]]:
+        """Logits, and B and C of every layer: a tuple a layer, with one :class:`Projections` a direction."""
+        raise NotImplementedError
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay would spoil, A above all: decay undoes A ~ 0."""
+        raise NotImplementedError

@@ -1,0 +1,1 @@
+"""Frozen Transformer teachers whose keys and queries are read layer by layer; no modelling code is copied."""

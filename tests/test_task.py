@@ -1,0 +1,214 @@
+"""The first tests of every student: the alignment reaches it, and the bridges are trained."""
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from cab.bridge import Bridges
+from cab.distill.losses import distillation_kl
+from cab.distill.schedule import AlignmentSchedule
+from cab.distill.task import DistillationTask, LossWeights
+from cab.students.vim import VisionMamba
+from cab.teachers.timm import TimmTeacher
+
+STUDENT = {"depth": 4, "embed_dim": 16, "d_state": 4, "num_classes": 5}
+TEACHER = {"img_size": 8, "patch_size": 2, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
+
+
+def make_task(name: str = "deit_tiny_patch16_224", a_init: str = "zero", **kwargs: object) -> DistillationTask:
+    torch.manual_seed(0)
+    student = timm.create_model("vim_micro_patch2_8", a_init=a_init, **STUDENT)
+    teacher = TimmTeacher(timm.create_model(name, **TEACHER))
+    bridges = Bridges(4, 2, student.d_state, 32, teacher.key_width, teacher.query_width)
+    return DistillationTask(student, teacher, bridges, **kwargs)
+
+
+def images(batch: int = 3) -> Tensor:
+    return torch.rand(batch, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("a_init", ["zero", "s4d"])
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_relpos_small_patch16_224"]
+)
+def test_alignment_alone_reaches_student_and_bridges(name: str, a_init: str) -> None:
+    """The published code fails here: its student gets no gradient, or its bridges no optimiser."""
+    task = make_task(name, a_init, weights=LossWeights(kd=0.0))
+    task(images())["loss"].backward()
+    for layer in task.student.layers:
+        mixer = layer.mixer
+        for parameter in (mixer.x_proj.weight, mixer.x_proj_b.weight, mixer.in_proj.weight):
+            assert parameter.grad is not None
+        for x_proj in (mixer.x_proj, mixer.x_proj_b):
+            rank, n = mixer.dt_rank, mixer.d_state
+            _, of_b, of_c = x_proj.weight.grad.split([rank, n, n])
+            assert (of_b.abs().sum(dim=1) > 0).all()
+            assert (of_c.abs().sum(dim=1) > 0).all()
+        value, _ = mixer.in_proj.weight.grad.chunk(2)
+        assert (value.abs().sum(dim=1) > 0).any()
+    for name, parameter in task.bridges.named_parameters():
+        per_bridge = parameter.grad.flatten(1).abs().sum(dim=1)
+        assert len(per_bridge) == 8, name
+        assert (per_bridge > 0).all(), name
+
+
+def test_loss_is_the_formula() -> None:
+    """Against bridges, layer map and token order written out: the published definition, in float64."""
+    task = make_task(schedule=AlignmentSchedule(weight=0.25)).double()
+    batch = images().double()
+    result = task(batch)
+
+    layers: dict[int, tuple[Tensor, Tensor]] = {}
+    teacher_logits = task.teacher(batch, lambda layer, q, k: layers.update({layer: (q, k)}))
+    logits, projections = task.student.forward_with_projections((batch - task.student_mean) / task.student_std)
+    order = [*range(1, 9), 0, *range(9, 17)]  # the teacher's class token stands first, the student's in the middle
+
+    def mse(stack: nn.Module, index: int, x: Tensor, target: Tensor) -> Tensor:
+        hidden = nn.functional.silu(x @ stack.w1[index].T + stack.b1[index])
+        flat = target.transpose(1, 2).flatten(2)[:, order]
+        return (hidden @ stack.w2[index].T + stack.b2[index] - flat).square().mean()
+
+    align = torch.zeros((), dtype=torch.float64)
+    for layer, directions in enumerate(projections):
+        query, key = layers[[0, 0, 1, 1][layer]]
+        for direction, (B, C) in enumerate(directions):
+            align += mse(task.bridges.key, 2 * layer + direction, B, key) / 4
+            align += mse(task.bridges.query, 2 * layer + direction, C, query) / 4
+    probabilities, log_student = teacher_logits.softmax(-1), logits.log_softmax(-1)
+    kl = (probabilities * (probabilities.log() - log_student)).sum() / len(batch)
+
+    torch.testing.assert_close(result["align"].double(), align, rtol=1e-5, atol=0)
+    torch.testing.assert_close(result["kl"].double(), kl, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(result["loss"].double(), kl + 0.25 * align, rtol=1e-5, atol=0)
+
+
+def test_temperature() -> None:
+    student, teacher = torch.randn(4, 5), torch.randn(4, 5)
+    probabilities = (teacher / 3).softmax(-1)
+    expected = 9 * (probabilities * (probabilities.log() - (student / 3).log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(distillation_kl(student, teacher, 3.0), expected)
+
+
+def test_bridges_fit_random_keys() -> None:
+    """The paper's sanity check: a bridge fed random B learns fixed random K to near zero."""
+    torch.manual_seed(0)
+    from cab_kernels import bridge_mse_grouped
+
+    bridges = Bridges(1, 1, 16, 128, 24, 24)
+    B, K = torch.randn(32, 16), torch.randn(32, 24)
+    optimizer = torch.optim.AdamW(bridges.key.parameters(), lr=1e-2, weight_decay=0)
+    for _ in range(400):
+        loss = bridge_mse_grouped([B], *bridges.key.split([1])[0], K).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1e-3 * K.square().mean()
+
+
+def test_training_the_alignment_lowers_it_through_the_student() -> None:
+    """With the bridges held fixed, the student alone must be able to lower the alignment loss."""
+    task = make_task(weights=LossWeights(kd=0.0))
+    task.bridges.requires_grad_(False)
+    optimizer = torch.optim.AdamW(task.student.parameters(), lr=3e-3)
+    batch, losses = images(8), []
+    for _ in range(30):
+        loss = task(batch)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.98 * losses[0]
+
+
+def test_teacher_is_neither_trained_nor_saved_but_moves_along() -> None:
+    task = make_task()
+    assert {name.split(".")[0] for name, _ in task.named_parameters()} == {"student", "bridges"}
+    assert {name.split(".")[0] for name in task.state_dict()} == {"student", "bridges"}
+    task.double()
+    assert next(task.teacher.parameters()).dtype == torch.float64
+
+
+def test_state_restores_the_bridges() -> None:
+    source, other = make_task(), make_task()
+    nn.init.normal_(source.bridges.key.w1)
+    other.load_state_dict(source.state_dict(), strict=True)
+    assert torch.equal(other.bridges.key.w1, source.bridges.key.w1)
+
+
+def test_no_bridge_is_run_where_the_alignment_weighs_nothing() -> None:
+    task = make_task(schedule=AlignmentSchedule("until", weight=1.0, until=0.5))
+    assert "align" in task(images())
+    task.advance(5, 10)
+    result = task(images())
+    assert "align" not in result
+    torch.testing.assert_close(result["loss"], result["kl"])
+
+
+def test_adaptive_weight_follows_the_observed_gradients() -> None:
+    task = make_task(schedule=AlignmentSchedule("adaptive", weight=2.0))
+    agreement = task.compare_gradients(images())
+    assert agreement.kl_norm > 0
+    assert agreement.align_norm > 0
+    assert -1 <= agreement.cosine <= 1
+    task.trust.observe(0.5)
+    task.advance(0, 10)
+    assert task.alignment_weight == 2.0
+    for _ in range(50):
+        task.trust.observe(-0.5)
+    task.advance(1, 10)
+    assert task.alignment_weight == 0.0
+    assert "trust.best" in task.state_dict()
+
+
+def test_cross_entropy_alone_needs_no_teacher() -> None:
+    student = timm.create_model("vim_micro_patch2_8", **STUDENT)
+    task = DistillationTask(student, weights=LossWeights(kd=0.0, ce=1.0))
+    result = task(images(), torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(result["loss"], nn.functional.cross_entropy(result["logits"], torch.tensor([0, 1, 2])))
+
+
+def test_each_model_sees_its_own_statistics() -> None:
+    task = make_task("vit_tiny_patch16_224")
+    seen = {}
+    task.student.patch_embed.register_forward_pre_hook(lambda module, args: seen.update(student=args[0]))
+    task.teacher.model.patch_embed.register_forward_pre_hook(lambda module, args: seen.update(teacher=args[0]))
+    task(torch.full((1, 3, 8, 8), 0.5))
+    torch.testing.assert_close(seen["teacher"], torch.zeros(1, 3, 8, 8))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(seen["student"][0, :, 0, 0], (0.5 - mean) / std)
+
+
+@pytest.mark.parametrize(
+    ("layer_map", "got"), [([0, 0, 1], r"\[0, 0, 1\]"), ([0, 1, 1, 2], r"\[0, 1, 1, 2\]"), ([1, 0, 1, 1], r"\[1, 0")]
+)
+def test_layer_maps_that_do_not_fit(layer_map: list[int], got: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"expected a layer map of 4 teacher layers below 2 that never goes back, got {got}"
+    ):
+        make_task(layer_map=layer_map)
+
+
+def test_bridges_that_do_not_fit() -> None:
+    task = make_task()
+    with pytest.raises(ValueError, match=r"= \(4, 4, 24, 24\), got \(4, 4, 8, 24\)"):
+        DistillationTask(task.student, task.teacher, Bridges(4, 2, 4, 32, 8, 24))
+
+
+def test_bridges_without_a_teacher() -> None:
+    with pytest.raises(ValueError, match="expected a teacher for bridges or a KL term, got None"):
+        DistillationTask(VisionMamba(8, 2, **STUDENT))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kd": -1.0}, "expected kd of at least 0, got -1.0"),
+        ({"ce": -1.0}, "expected ce of at least 0, got -1.0"),
+        ({"temperature": 0.0}, "expected temperature above 0, got 0.0"),
+    ],
+    ids=["kd", "ce", "temperature"],
+)
+def test_bad_weights(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LossWeights(**arguments)

@@ -1,0 +1,135 @@
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from cab.teachers.timm import TimmTeacher
+from cab.token_map import TokenLayout
+
+# Two layers each of the families' own classes, as small as their constructors allow.
+FAMILIES = {
+    "deit_tiny_patch16_224": (0, 1),
+    "deit_tiny_distilled_patch16_224": (0, 2),
+    "deit3_small_patch16_224": (0, 1),
+    "vit_relpos_small_patch16_224": (None, 0),
+    "vit_small_patch14_reg4_dinov2": (0, 5),
+    "vit_small_patch16_dinov3": (0, 5),
+    "eva02_tiny_patch14_224": (0, 1),
+    "beit_base_patch16_224": (0, 1),
+}
+
+
+def small(name: str, **kwargs: object) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 5}
+    return timm.create_model(name, **{**sizes, **kwargs})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_shows_q_and_k(name: str) -> None:
+    cls, prefix = FAMILIES[name]
+    model = small(name)
+    teacher = TimmTeacher(model)
+    seen: list[tuple[int, Tensor, Tensor]] = []
+    images = torch.rand(3, 3, 32, 32)
+    logits = teacher(images, lambda *layer: seen.append(layer))
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model((images - teacher.mean) / teacher.std))
+    assert [layer for layer, _, _ in seen] == [0, 1]
+    assert all(query.shape == key.shape == (3, 2, 16 + prefix, 16) for _, query, key in seen)
+    assert not any(tensor.requires_grad for layer in seen for tensor in layer[1:])
+    assert teacher.token_layout == TokenLayout((4, 4), cls=cls, patches=tuple(range(prefix, 16 + prefix)))
+    assert (teacher.num_layers, teacher.key_width, teacher.query_width) == (2, 32, 32)
+
+
+def test_q_and_k_are_those_of_the_layer() -> None:
+    model = small("deit_tiny_patch16_224")
+    teacher, packed, seen = TimmTeacher(model), [], []
+    for block in model.blocks:
+        block.attn.qkv.register_forward_hook(lambda module, inputs, output: packed.append(output))
+    teacher(torch.rand(2, 3, 32, 32), lambda *layer: seen.append(layer))
+    for qkv, (_, query, key) in zip(packed, seen, strict=True):
+        expected = qkv.reshape(2, 17, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        torch.testing.assert_close(query, expected[0])
+        torch.testing.assert_close(key, expected[1])
+
+
+class ManualAttention(nn.Module):
+    """Packed qkv, and attention written out."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, **kwargs: object) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (qkv[0] @ qkv[1].transpose(-1, -2)).softmax(dim=-1)
+        return self.proj((weights @ qkv[2]).transpose(1, 2).flatten(2))
+
+
+def test_packed_qkv_is_read_where_attention_is_written_out() -> None:
+    model = small("deit_tiny_patch16_224")
+    fused, seen = {}, {}
+    images = torch.rand(2, 3, 32, 32)
+    TimmTeacher(model)(images, lambda layer, query, key: fused.update({layer: (query, key)}))
+    for block in model.blocks:
+        manual = ManualAttention(32, 2)
+        manual.qkv.load_state_dict(block.attn.qkv.state_dict())
+        manual.proj.load_state_dict(block.attn.proj.state_dict())
+        block.attn = manual
+    TimmTeacher(model)(images, lambda layer, query, key: seen.update({layer: (query, key)}))
+    torch.testing.assert_close(seen[0], fused[0])
+    assert seen.keys() == {0, 1}
+
+
+def test_teacher_is_frozen_and_stays_in_evaluation_mode() -> None:
+    teacher = TimmTeacher(small("deit_tiny_patch16_224", drop_path_rate=0.9))
+    teacher.train()
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(teacher(images), teacher(images))
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_callback_runs_with_the_callers_gradient_mode() -> None:
+    teacher, modes = TimmTeacher(small("deit_tiny_patch16_224")), []
+    teacher(torch.rand(1, 3, 32, 32), lambda *layer: modes.append(torch.is_grad_enabled()))
+    with torch.no_grad():
+        teacher(torch.rand(1, 3, 32, 32), lambda *layer: modes.append(torch.is_grad_enabled()))
+    assert modes == [True, True, False, False]
+
+
+def test_own_statistics() -> None:
+    teacher = TimmTeacher(small("vit_tiny_patch16_224"))
+    assert teacher.mean.flatten().tolist() == [0.5, 0.5, 0.5]
+
+
+def test_windowed_attention_is_refused() -> None:
+    model = timm.create_model("samvit_base_patch16", depth=2, embed_dim=32, num_heads=2, img_size=64, window_size=2)
+    with pytest.raises(ValueError, match="cannot read Q and K of samvit_base_patch16: its attention does not run over"):
+        TimmTeacher(model)
+
+
+def test_model_without_attention_is_refused() -> None:
+    model = timm.create_model("resnet18", num_classes=2)
+    with pytest.raises(ValueError, match="cannot read Q and K of resnet18: it has no list of 'blocks'"):
+        TimmTeacher(model)
+
+
+class NoAttention(nn.Module):
+    def forward(self, x: Tensor, **kwargs: object) -> Tensor:
+        return x
+
+
+def test_layers_that_show_nothing_are_counted() -> None:
+    model = small("deit_tiny_patch16_224")
+    model.blocks[1].attn = NoAttention()
+    with pytest.raises(ValueError, match="expected Q and K of 2 layers, got 1"):
+        TimmTeacher(model)
+
+
+def test_images_of_another_size() -> None:
+    teacher = TimmTeacher(small("deit_tiny_patch16_224"))
+    with pytest.raises(ValueError, match=r"expected images of .* = \(3, 32, 32\), got \(3, 40, 32\)"):
+        teacher(torch.rand(1, 3, 40, 32))
