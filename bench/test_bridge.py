@@ -138,6 +138,7 @@ def peak(problem: Problem, way: Callable[[Problem], torch.Tensor]) -> int:
 
 def graphed(problem: Problem, way: Callable[[Problem], torch.Tensor]) -> Callable[[], None]:
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step(problem, way)
     torch.cuda.current_stream().wait_stream(stream)

@@ -47,6 +47,7 @@ def options(kind: str, tokens: int, head_dim: int) -> dict[str, object]:
 def milliseconds(function: Callable[[], object]) -> float:
     """Median of a call, from replays of a graph of EACH calls."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         function()
     torch.cuda.current_stream().wait_stream(stream)

@@ -449,6 +449,7 @@ class TestOnGPU:
             return [loss, *torch.autograd.grad(loss, inputs)]
 
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step()
         torch.cuda.current_stream().wait_stream(stream)
