@@ -135,8 +135,11 @@ class DistillationTask(nn.Module):
         return super()._apply(fn, recurse)
 
     def no_weight_decay(self) -> set[str]:
-        """The student's parameters that must not be decayed, by their names in the task."""
-        return {f"student.{name}" for name in self.student.no_weight_decay()}
+        """The parameters that must not be decayed, by their names in the task."""
+        spared = {f"student.{name}" for name in self.student.no_weight_decay()}
+        if self.bridges is not None:
+            spared |= {f"bridges.{name}" for name in self.bridges.no_weight_decay()}
+        return spared
 
     def advance(self, step: int, total_steps: int) -> None:
         """Set the alignment's weight for ``step``, counted from 0, of a run of ``total_steps``."""
