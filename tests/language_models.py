@@ -50,3 +50,9 @@ def make(family: str, seed: int = 0, **kwargs: object) -> nn.Module:
     torch.manual_seed(seed)
     sizes = {**_COMMON, **_TEACHERS.get(family, {}), **_STUDENTS.get(family, {}), **kwargs}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
+
+
+def checkpoint_blocks(model: nn.Module, **options: object) -> None:
+    """Gradient checkpointing, under the name that this version of transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options or None)
