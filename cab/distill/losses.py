@@ -37,7 +37,8 @@ class Alignment:
         bridges: phi, for every layer and direction.
         projections: the student's B and C, a tuple a layer with one entry a direction.
         layer_map: g, the teacher layer of each student layer; it never goes back.
-        token_index: (length,) the teacher token of each student token, -1 for none.
+        token_index: (length,) the teacher token of each student token, -1 for none; None where they are the same.
+        mask: (batch, length) bool, False where a token does not count; None where all count.
 
     Source: arXiv:2510.19266, section 3.2. There a layer has one direction; here the directions are summed.
     """
@@ -47,11 +48,13 @@ class Alignment:
         bridges: Bridges,
         projections: Sequence[Sequence[Projections]],
         layer_map: Sequence[int],
-        token_index: Tensor,
+        token_index: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> None:
         self.projections = projections
         self.layer_map = layer_map
         self.token_index = token_index
+        self.mask = mask
         counts = [bridges.directions * layer_map.count(layer) for layer in range(max(layer_map) + 1)]
         self.key_weights = bridges.key.split(counts)
         self.query_weights = bridges.query.split(counts)
@@ -66,7 +69,8 @@ class Alignment:
             self._add([direction.C for direction in directions], self.query_weights[layer], query)
 
     def _add(self, sources: list[Tensor], weights: BridgeWeights, target: Tensor) -> None:
-        self.losses.append(bridge_mse_grouped(sources, *weights, target, token_index=self.token_index).sum())
+        losses = bridge_mse_grouped(sources, *weights, target, mask=self.mask, token_index=self.token_index)
+        self.losses.append(losses.sum())
 
     def loss(self) -> Tensor:
         """The loss, 0-d float32, once all layers of the teacher have been met."""

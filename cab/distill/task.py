@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import timm.data
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cab.bridge import Bridges
-from cab.distill.losses import Alignment, distillation_kl
 from cab.distill.schedule import AlignmentSchedule
 from cab.layer_map import proportional
 from cab.students.student import Student
-from cab.teachers.timm import TimmTeacher
-from cab.token_map import token_map
+from cab.teachers.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -47,10 +42,11 @@ class DistillationTask(nn.Module):
 
         loss = kd * KL(teacher || student) + ce * CE + weight(step) * L_align
 
-    The teacher moves between devices with the task, but is no part of its parameters or of its checkpoints.
+    The teacher moves between devices with the task, but is no part of its parameters or of its checkpoints. What a
+    batch is, and how the terms are computed on it, is a subclass's.
 
     Args:
-        student: sees images normalised with its own statistics.
+        student: a Mamba model.
         teacher: None for a task without one (cross-entropy alone).
         bridges: None for a task without alignment.
         weights: of the terms beside the alignment.
@@ -62,16 +58,13 @@ class DistillationTask(nn.Module):
     """
 
     student: Student
-    teacher: TimmTeacher | None
+    teacher: Teacher | None
     bridges: Bridges | None
-    student_mean: Tensor
-    student_std: Tensor
-    token_index: Tensor
 
     def __init__(
         self,
         student: Student,
-        teacher: TimmTeacher | None = None,
+        teacher: Teacher | None = None,
         bridges: Bridges | None = None,
         *,
         weights: LossWeights | None = None,
@@ -85,24 +78,19 @@ class DistillationTask(nn.Module):
         self.schedule = schedule or AlignmentSchedule()
         self.alignment_weight = self.schedule.weight
         self.__dict__["teacher"] = teacher  # past nn.Module's registration: neither trained nor saved
-        data = timm.data.resolve_data_config(model=student)
-        self.register_buffer("student_mean", torch.tensor(data["mean"]).view(-1, 1, 1), persistent=False)
-        self.register_buffer("student_std", torch.tensor(data["std"]).view(-1, 1, 1), persistent=False)
         if teacher is None:
             if bridges is not None or self.weights.kd:
-                raise ValueError("DistillationTask: expected a teacher for bridges or a KL term, got None")
+                raise ValueError(f"{type(self).__name__}: expected a teacher for bridges or a KL term, got None")
             return
-        self.layer_map = list(layer_map or proportional(len(student.layers), teacher.num_layers))
-        tokens = torch.tensor(token_map(student.token_layout, teacher.token_layout), dtype=torch.int32)
-        self.register_buffer("token_index", tokens, persistent=False)
+        self.layer_map = list(layer_map or proportional(student.num_layers, teacher.num_layers))
         self._check(student, teacher)
 
-    def _check(self, student: Student, teacher: TimmTeacher) -> None:
-        layers = len(student.layers)
+    def _check(self, student: Student, teacher: Teacher) -> None:
+        layers = student.num_layers
         inside = all(0 <= layer < teacher.num_layers for layer in self.layer_map)
         if len(self.layer_map) != layers or not inside or self.layer_map != sorted(self.layer_map):
             raise ValueError(
-                f"DistillationTask: expected a layer map of {layers} teacher layers below {teacher.num_layers} "
+                f"{type(self).__name__}: expected a layer map of {layers} teacher layers below {teacher.num_layers} "
                 f"that never goes back, got {self.layer_map}"
             )
         if self.bridges is None:
@@ -116,7 +104,7 @@ class DistillationTask(nn.Module):
         )
         if expected != got:
             raise ValueError(
-                "DistillationTask: expected bridges for (layers, d_state, key width, query width) = "
+                f"{type(self).__name__}: expected bridges for (layers, d_state, key width, query width) = "
                 f"{expected}, got {got}"
             )
 
@@ -133,33 +121,13 @@ class DistillationTask(nn.Module):
         """Set the alignment's weight for ``step``, counted from 0, of a run of ``total_steps``."""
         self.alignment_weight = self.schedule.weight_at(step, total_steps)
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
-        """One batch through student, teacher and bridges.
+    @property
+    def aligns(self) -> bool:
+        """Whether the alignment weighs anything now."""
+        return self.bridges is not None and self.alignment_weight > 0
 
-        Args:
-            images: (batch, channels, height, width), values in [0, 1].
-            labels: (batch,) class indices; the cross-entropy needs them.
-
-        Returns:
-            "loss", 0-d; "logits" of the student, (batch, classes); and the terms that were computed, unweighted and
-            detached: "kl", "ce", "align".
-        """
-        logits, alignment = self._run_student(images)
-        terms: dict[str, Tensor] = {}
-        if self.teacher is not None and (self.weights.kd or alignment is not None):
-            teacher_logits = self.teacher(images, alignment)
-            terms["kl"] = distillation_kl(logits, teacher_logits, self.weights.temperature)
-        if labels is not None:
-            terms["ce"] = F.cross_entropy(logits.float(), labels)
-        if alignment is not None:
-            terms["align"] = alignment.loss()
+    def _weigh(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The "loss", the weighted sum of "kl", "ce" and "align", and those that there are, unweighted and detached."""
         weights = {"kl": self.weights.kd, "ce": self.weights.ce, "align": self.alignment_weight}
         loss = torch.stack([weights[name] * term for name, term in terms.items() if weights[name]]).sum()
-        return {"loss": loss, "logits": logits, **{name: term.detach() for name, term in terms.items()}}
-
-    def _run_student(self, images: Tensor) -> tuple[Tensor, Alignment | None]:
-        images = (images - self.student_mean) / self.student_std
-        if self.bridges is None or not self.alignment_weight:
-            return self.student(images), None
-        logits, projections = self.student.forward_with_projections(images)
-        return logits, Alignment(self.bridges, projections, self.layer_map, self.token_index)
+        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
