@@ -57,6 +57,27 @@ def test_checkpoint_file_loads_strictly(tmp_path) -> None:
         assert torch.equal(a, b), name
 
 
+def test_checkpoint_of_another_resolution_is_resampled() -> None:
+    small, large = micro(), micro(img_size=16)
+    with torch.no_grad():  # a plane over the grid, which resampling keeps; the class token is no part of it
+        rows = torch.linspace(-0.75, 0.75, 4).view(4, 1, 1).expand(4, 4, 16).reshape(1, 16, 16)
+        small.pos_embed.copy_(torch.cat((rows[:, :8], torch.full((1, 1, 16), 7.0), rows[:, 8:]), dim=1))
+    large.load_state_dict(small.state_dict(), strict=True)
+    assert large.pos_embed.shape == (1, 65, 16)
+    assert (large.pos_embed[:, 32] == 7).all()
+    grid = torch.cat((large.pos_embed[:, :32], large.pos_embed[:, 33:]), dim=1).view(8, 8, 16)
+    torch.testing.assert_close(grid[:, 0], grid[:, 7], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grid[1:-1].diff(dim=0).mean().item(), 0.25, rtol=0.1, atol=0)
+    assert large(torch.rand(1, 3, 16, 16)).shape == (1, 10)
+
+
+def test_checkpoint_of_no_square_grid() -> None:
+    state = micro().state_dict()
+    state["pos_embed"] = torch.zeros(1, 13, 16)
+    with pytest.raises(ValueError, match="expected a position embedding of a square grid, got 12 patches"):
+        micro().load_state_dict(state)
+
+
 def test_projections_come_out_differentiable_for_every_layer_and_direction() -> None:
     student = micro()
     logits, projections = student.forward_with_projections(torch.rand(2, 3, 8, 8))

@@ -146,6 +146,22 @@ def test_no_bridge_is_run_where_the_alignment_weighs_nothing() -> None:
     torch.testing.assert_close(result["loss"], result["kl"])
 
 
+def test_adaptive_weight_follows_the_observed_gradients() -> None:
+    task = make_task(schedule=AlignmentSchedule("adaptive", weight=2.0))
+    agreement = task.compare_gradients(images())
+    assert agreement.kl_norm > 0
+    assert agreement.align_norm > 0
+    assert -1 <= agreement.cosine <= 1
+    task.trust.observe(0.5)
+    task.advance(0, 10)
+    assert task.alignment_weight == 2.0
+    for _ in range(50):
+        task.trust.observe(-0.5)
+    task.advance(1, 10)
+    assert task.alignment_weight == 0.0
+    assert "trust.best" in task.state_dict()
+
+
 def test_cross_entropy_alone_needs_no_teacher() -> None:
     student = timm.create_model("vim_micro_patch2_8", **STUDENT)
     task = VisionTask(student, weights=LossWeights(kd=0.0, ce=1.0))

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from cab.bridge import Bridges
+from cab.distill.agreement import GradientAgreement
 from cab.distill.losses import Alignment
 from cab.distill.task import DistillationTask
 from cab.distill.token_losses import IGNORED, Divergence, shared_vocabulary, token_losses
@@ -61,13 +62,25 @@ class LanguageTask(DistillationTask):
             "loss", 0-d, and the terms that were computed, each a mean over the tokens that count, unweighted and
             detached: "kl", "ce", "align". The alignment counts all tokens but padding.
         """
+        return self._weigh(self._terms(input_ids, labels, attention_mask, align=self.alignment_weight > 0))
+
+    def compare_gradients(
+        self, input_ids: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> GradientAgreement:
+        """Norms and cosine of the gradients of the KL and of the alignment by the student's parameters."""
+        return self._compare(self._terms(input_ids, labels, attention_mask, align=True))
+
+    def _terms(
+        self, input_ids: Tensor, labels: Tensor | None, attention_mask: Tensor | None, align: bool
+    ) -> dict[str, Tensor]:
+        """The unweighted terms of the loss."""
         mask = None if attention_mask is None else attention_mask.bool()
         if labels is None:
             labels = input_ids if mask is None else input_ids.masked_fill(~mask, IGNORED)
         alignment = None
-        if self.bridges is not None and self.aligns:
+        if self.bridges is not None and align:
             hidden, projections = self.student.forward_with_projections(input_ids, attention_mask)
-            alignment = Alignment(self.bridges, projections, self.layer_map, mask=mask)
+            alignment = Alignment(self.bridges, projections, self.targets, self.layer_map, mask=mask)
         else:
             hidden = self.student(input_ids, attention_mask)
         teacher, teacher_hidden = self.teacher, None
@@ -86,4 +99,4 @@ class LanguageTask(DistillationTask):
             chunk=self.chunk,
         )
         terms = {"kl": kl, "ce": ce, "align": None if alignment is None else alignment.loss()}
-        return self._weigh({name: term for name, term in terms.items() if term is not None})
+        return {name: term for name, term in terms.items() if term is not None}

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cab.bridge import Bridges, BridgeWeights
+from cab.distill.targets import Target, TeacherTargets
 from cab.students.student import Projections
 from cab_kernels import bridge_mse_grouped
 
@@ -36,6 +37,7 @@ class Alignment:
     Args:
         bridges: phi, for every layer and direction.
         projections: the student's B and C, a tuple a layer with one entry a direction.
+        targets: what K and Q are turned into before they are met.
         layer_map: g, the teacher layer of each student layer; it never goes back.
         token_index: (length,) the teacher token of each student token, -1 for none; None where they are the same.
         mask: (batch, length) bool, False where a token does not count; None where all count.
@@ -47,11 +49,13 @@ class Alignment:
         self,
         bridges: Bridges,
         projections: Sequence[Sequence[Projections]],
+        targets: TeacherTargets,
         layer_map: Sequence[int],
         token_index: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> None:
         self.projections = projections
+        self.targets = targets
         self.layer_map = layer_map
         self.token_index = token_index
         self.mask = mask
@@ -65,11 +69,21 @@ class Alignment:
         students = [index for index, teacher in enumerate(self.layer_map) if teacher == layer]
         directions = [direction for index in students for direction in self.projections[index]]
         if directions:
-            self._add([direction.B for direction in directions], self.key_weights[layer], key)
-            self._add([direction.C for direction in directions], self.query_weights[layer], query)
+            self._add([direction.B for direction in directions], self.key_weights[layer], self.targets.key(layer, key))
+            self._add(
+                [direction.C for direction in directions], self.query_weights[layer], self.targets.query(layer, query)
+            )
 
-    def _add(self, sources: list[Tensor], weights: BridgeWeights, target: Tensor) -> None:
-        losses = bridge_mse_grouped(sources, *weights, target, mask=self.mask, token_index=self.token_index)
+    def _add(self, sources: list[Tensor], weights: BridgeWeights, target: Target) -> None:
+        losses = bridge_mse_grouped(
+            sources,
+            *weights,
+            target.value,
+            mask=self.mask,
+            token_index=self.token_index,
+            target_mean=target.mean,
+            target_rstd=target.rstd,
+        )
         self.losses.append(losses.sum())
 
     def loss(self) -> Tensor:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from cab.bridge import Bridges
+from cab.distill.agreement import AdaptiveTrust, GradientAgreement, gradient_agreement
 from cab.distill.schedule import AlignmentSchedule
+from cab.distill.targets import TargetKind, TeacherTargets
 from cab.layer_map import proportional
 from cab.students.student import Student
 from cab.teachers.teacher import Teacher
@@ -51,6 +53,7 @@ class DistillationTask(nn.Module):
         bridges: None for a task without alignment.
         weights: of the terms beside the alignment.
         schedule: the weight of the alignment over the run.
+        targets: what the bridges aim at, see :class:`cab.distill.targets.TeacherTargets`.
         layer_map: the teacher layer of each student layer; by default floor(l * T / L).
 
     Raises:
@@ -69,6 +72,7 @@ class DistillationTask(nn.Module):
         *,
         weights: LossWeights | None = None,
         schedule: AlignmentSchedule | None = None,
+        targets: TargetKind = "raw",
         layer_map: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
@@ -76,6 +80,7 @@ class DistillationTask(nn.Module):
         self.bridges = bridges
         self.weights = weights or LossWeights()
         self.schedule = schedule or AlignmentSchedule()
+        self.trust = AdaptiveTrust() if self.schedule.kind == "adaptive" else None
         self.alignment_weight = self.schedule.weight
         self.__dict__["teacher"] = teacher  # past nn.Module's registration: neither trained nor saved
         if teacher is None:
@@ -83,6 +88,7 @@ class DistillationTask(nn.Module):
                 raise ValueError(f"{type(self).__name__}: expected a teacher for bridges or a KL term, got None")
             return
         self.layer_map = list(layer_map or proportional(student.num_layers, teacher.num_layers))
+        self.targets = TeacherTargets(targets, teacher.num_layers, teacher.key_width, teacher.query_width)
         self._check(student, teacher)
 
     def _check(self, student: Student, teacher: Teacher) -> None:
@@ -119,12 +125,12 @@ class DistillationTask(nn.Module):
 
     def advance(self, step: int, total_steps: int) -> None:
         """Set the alignment's weight for ``step``, counted from 0, of a run of ``total_steps``."""
-        self.alignment_weight = self.schedule.weight_at(step, total_steps)
+        trust = 1.0 if self.trust is None else self.trust.value()
+        self.alignment_weight = self.schedule.weight_at(step, total_steps, trust)
 
-    @property
-    def aligns(self) -> bool:
-        """Whether the alignment weighs anything now."""
-        return self.bridges is not None and self.alignment_weight > 0
+    def _compare(self, terms: dict[str, Tensor]) -> GradientAgreement:
+        """Norms and cosine of the gradients of the KL and of the alignment by the student's parameters."""
+        return gradient_agreement(terms["kl"], terms["align"], list(self.student.parameters()))
 
     def _weigh(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """The "loss", the weighted sum of "kl", "ce" and "align", and those that there are, unweighted and detached."""

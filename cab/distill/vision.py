@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cab.bridge import Bridges
+from cab.distill.agreement import GradientAgreement
 from cab.distill.losses import Alignment, distillation_kl
 from cab.distill.task import DistillationTask
 from cab.students.student import ImageStudent
@@ -52,7 +53,22 @@ class VisionTask(DistillationTask):
             "loss", 0-d; "logits" of the student, (batch, classes); and the terms that were computed, unweighted and
             detached: "kl", "ce", "align".
         """
-        logits, alignment = self._run_student(images)
+        logits, terms = self._terms(images, labels, align=self.alignment_weight > 0)
+        return {**self._weigh(terms), "logits": logits}
+
+    def compare_gradients(self, images: Tensor) -> GradientAgreement:
+        """Norms and cosine of the gradients of the KL and of the alignment by the student's parameters."""
+        return self._compare(self._terms(images, None, align=True)[1])
+
+    def _terms(self, images: Tensor, labels: Tensor | None, align: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's logits and the unweighted terms of the loss."""
+        alignment = None
+        normalised = (images - self.student_mean) / self.student_std
+        if self.bridges is not None and align:
+            logits, projections = self.student.forward_with_projections(normalised)
+            alignment = Alignment(self.bridges, projections, self.targets, self.layer_map, self.token_index)
+        else:
+            logits = self.student(normalised)
         terms: dict[str, Tensor] = {}
         if self.teacher is not None and (self.weights.kd or alignment is not None):
             teacher_logits = self.teacher(images, alignment)
@@ -61,11 +77,4 @@ class VisionTask(DistillationTask):
             terms["ce"] = F.cross_entropy(logits.float(), labels)
         if alignment is not None:
             terms["align"] = alignment.loss()
-        return {**self._weigh(terms), "logits": logits}
-
-    def _run_student(self, images: Tensor) -> tuple[Tensor, Alignment | None]:
-        images = (images - self.student_mean) / self.student_std
-        if self.bridges is None or not self.aligns:
-            return self.student(images), None
-        logits, projections = self.student.forward_with_projections(images)
-        return logits, Alignment(self.bridges, projections, self.layer_map, self.token_index)
+        return logits, terms

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cab.students.recompute import Recomputed
 from cab.students.student import Projections
 from cab_kernels import causal_conv1d_fn, selective_scan_fn
 
@@ -23,6 +24,7 @@ class BidirectionalMamba(nn.Module):
 
     Each direction has its own convolution, projections and state; the two outputs are averaged. The backward direction
     scans from the last token to the first and so keeps the tokens' order: its B and C at position t belong to token t.
+    Forward keeps neither the convolved tokens nor delta for backward, which makes them again.
     Names and shapes of the parameters are those of the published Vision Mamba, ``_b`` marks the backward direction.
 
     Args:
@@ -81,20 +83,31 @@ class BidirectionalMamba(nn.Module):
         *,
         reverse: bool,
     ) -> tuple[Tensor, Projections]:
-        u = causal_conv1d_fn(x, conv.weight.squeeze(1), conv.bias, "silu", reverse=reverse)
-        low_rank, B, C = x_proj(u.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        out = selective_scan_fn(
-            u,
-            F.linear(low_rank, dt_proj.weight).transpose(1, 2),
-            -torch.exp(a_log.float()),
-            B.transpose(1, 2),
-            C.transpose(1, 2),
-            skip.float(),
-            z=z,
-            delta_bias=dt_proj.bias.float(),
-            delta_softplus=True,
-            reverse=reverse,
-        )
+        def convolve(x: Tensor) -> Tensor:
+            return causal_conv1d_fn(x, conv.weight.squeeze(1), conv.bias, "silu", reverse=reverse)
+
+        def expand(low_rank: Tensor) -> Tensor:
+            return F.linear(low_rank, dt_proj.weight.to(low_rank.dtype)).transpose(1, 2)
+
+        recomputed = Recomputed()
+        with recomputed:
+            u = convolve(x)
+            recomputed.register(u, lambda: convolve(x.detach()))
+            low_rank, B, C = x_proj(u.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+            delta = expand(low_rank)
+            recomputed.register(delta, lambda: expand(low_rank.detach()))
+            out = selective_scan_fn(
+                u,
+                delta,
+                -torch.exp(a_log.float()),
+                B.transpose(1, 2),
+                C.transpose(1, 2),
+                skip.float(),
+                z=z,
+                delta_bias=dt_proj.bias.float(),
+                delta_softplus=True,
+                reverse=reverse,
+            )
         return out, Projections(B, C)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, PatchEmbed, lecun_normal_, to_2tuple, trunc_normal_
+from timm.layers import DropPath, PatchEmbed, lecun_normal_, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -91,6 +91,7 @@ class VisionMamba(ImageStudent):
         self.norm_f = nn.RMSNorm(embed_dim, eps=1e-5)
         self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self._init_weights()
+        self.register_load_state_dict_pre_hook(_resample_position_embedding)
 
     def _init_weights(self) -> None:
         lecun_normal_(self.patch_embed.proj.weight)
@@ -154,6 +155,25 @@ class VisionMamba(ImageStudent):
             residual, of_block = block(residual)
             projections.append(of_block)
         return self.norm_f(residual.to(self.norm_f.weight.dtype)), projections
+
+
+def _resample_position_embedding(model: VisionMamba, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Fit the position embedding of a checkpoint to this model's grid; that of the class token stays as it is."""
+    name = f"{prefix}pos_embed"
+    if name not in state or state[name].shape[1] == model.pos_embed.shape[1]:
+        return
+    stored = state[name]
+    side = math.isqrt(stored.shape[1] - 1)
+    if side * side != stored.shape[1] - 1:
+        raise ValueError(
+            f"VisionMamba: expected a position embedding of a square grid, got {stored.shape[1] - 1} patches"
+        )
+    before, cls, after = stored.tensor_split([side * side // 2, side * side // 2 + 1], dim=1)
+    patches = resample_abs_pos_embed(
+        torch.cat((before, after), dim=1), list(model.patch_embed.grid_size), old_size=[side, side], num_prefix_tokens=0
+    )
+    before, after = patches.tensor_split([model.token_layout.cls], dim=1)
+    state[name] = torch.cat((before, cls, after), dim=1)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

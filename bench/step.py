@@ -1,0 +1,152 @@
+#!/usr/bin/env python3
+"""One training step of a vision distillation on synthetic images: milliseconds, images/s, peak memory, phases.
+
+    python bench/step.py              # the table: KL alone and with the alignment, bf16 and fp32, eager and graphed
+    python bench/step.py --profile    # and the phases and the largest kernels of the bf16 step
+    python bench/step.py --student vim_small_patch16_224 --teacher deit_base_patch16_224
+
+Weights are random: the time of a step does not depend on them. The step is forward, backward and a fused AdamW. Peak
+memory is the allocator's, with parameters, optimiser state and teacher. "graphed" replays the step as one CUDA graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import timm
+import torch
+from _machine import describe_machine
+
+import cab.students.vim  # noqa: F401  (registers the students)
+from cab.bridge import Bridges
+from cab.distill.task import DistillationTask
+from cab.teachers.timm import TimmTeacher
+
+WARMUP, STEPS = 5, 20
+
+
+def make_task(student_name: str, teacher_name: str, align: bool) -> DistillationTask:
+    student = timm.create_model(student_name, a_init="zero")
+    teacher = TimmTeacher(timm.create_model(teacher_name))
+    layers, width = len(student.layers), (teacher.key_width, teacher.query_width)
+    bridges = Bridges(layers, student.directions, student.d_state, 128, *width) if align else None
+    return DistillationTask(student, teacher, bridges).cuda().train()
+
+
+class Step:
+    """A training step on one batch of noise, callable again and again."""
+
+    def __init__(self, task: DistillationTask, batch: int, dtype: torch.dtype) -> None:
+        self.task = task
+        self.dtype = dtype
+        self.optimizer = torch.optim.AdamW(task.parameters(), lr=1e-4, fused=True, capturable=True)
+        self.images = torch.rand(batch, 3, 224, 224, device="cuda")
+
+    def forward(self) -> torch.Tensor:
+        with torch.autocast("cuda", self.dtype, enabled=self.dtype != torch.float32):
+            return self.task(self.images)["loss"]
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        self.forward().backward()
+        self.optimizer.step()
+
+
+def graphed(step: Step) -> Callable[[], None]:
+    """The step as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def milliseconds(step: Callable[[], None]) -> float:
+    """The median of single steps, from one event to the next."""
+    for _ in range(WARMUP):
+        step()
+    times = []
+    for _ in range(STEPS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def measure(student: str, teacher: str, align: bool, batch: int, dtype: torch.dtype, graph: bool) -> None:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step = Step(make_task(student, teacher, align), batch, dtype)
+    ms = milliseconds(graphed(step) if graph else step)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    loss = "KL + alignment" if align else "KL"
+    how = "graphed" if graph else "eager"
+    print(
+        f"| {loss} | {batch} | {str(dtype).removeprefix('torch.')} | {how} | {ms:.1f} | {1000 * batch / ms:.0f} "
+        f"| {peak:.2f} |",
+        flush=True,
+    )
+
+
+def profile(student: str, teacher: str, batch: int) -> None:
+    """Phases of the bf16 step by events, and its largest kernels."""
+    step = Step(make_task(student, teacher, True), batch, torch.bfloat16)
+    for _ in range(WARMUP):
+        step()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+    step.optimizer.zero_grad()
+    marks[0].record()
+    loss = step.forward()
+    marks[1].record()
+    loss.backward()
+    marks[2].record()
+    step.optimizer.step()
+    marks[3].record()
+    torch.cuda.synchronize()
+    phases = zip(("forward", "backward", "optimiser"), marks, marks[1:], strict=False)
+    print("\n" + ", ".join(f"{name} {start.elapsed_time(end):.1f} ms" for name, start, end in phases))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        step()
+        torch.cuda.synchronize()
+    kernels = sorted(trace.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in kernels) / 1000
+    launches = sum(event.count for event in kernels)
+    print(f"{launches} launches, {total:.1f} ms on the device:")
+    for event in kernels[:24]:
+        print(f"  {event.self_device_time_total / 1000:7.2f} ms {event.count:5d} x {event.key[:110]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", default="vim_tiny_patch16_224")
+    parser.add_argument("--teacher", default="deit_tiny_patch16_224")
+    parser.add_argument("--batch", type=int, nargs="+", default=[128, 8])
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("expected a CUDA GPU, got none")
+    print(describe_machine())
+    print(f"\n{args.teacher} -> {args.student}, 224 px\n")
+    print("| loss | batch | dtype | how | ms | images/s | peak GiB |")
+    print("|---|---|---|---|---|---|---|")
+    for batch in args.batch:
+        for dtype in (torch.bfloat16, torch.float32):
+            for align in (False, True):
+                for graph in (False, True):
+                    measure(args.student, args.teacher, align, batch, dtype, graph)
+    if args.profile:
+        profile(args.student, args.teacher, args.batch[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+import pytest
+import torch
+from torch import Tensor
+
+from cab.students import mamba
+from cab.students.recompute import Recomputed
+
+
+def test_recipe_runs_once_and_gives_the_same_gradients() -> None:
+    calls = []
+
+    def double(x: Tensor) -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        return 2 * x
+
+    x = torch.randn(3, 4, requires_grad=True)
+    recomputed = Recomputed()
+    with recomputed:
+        u = double(x)
+        recomputed.register(u, lambda: double(x.detach()))
+        out = (u.square() * u.T.reshape(3, 4)).sum() + u.transpose(0, 1).exp().sum()
+    out.backward()
+    assert calls == [True, False]
+    gradient, x.grad = x.grad, None
+    u = 2 * x
+    ((u.square() * u.T.reshape(3, 4)).sum() + u.transpose(0, 1).exp().sum()).backward()
+    assert torch.equal(gradient, x.grad)
+
+
+def test_what_is_not_registered_is_kept() -> None:
+    x = torch.randn(3, requires_grad=True)
+    with Recomputed():
+        out = x.exp().square().sum()
+    out.backward()
+    torch.testing.assert_close(x.grad, 2 * (2 * x).exp())
+
+
+def test_backward_uses_the_recipe_and_not_the_tensor() -> None:
+    x = torch.ones(3, requires_grad=True)
+    recomputed = Recomputed()
+    with recomputed:
+        u = 2 * x
+        recomputed.register(u, lambda: torch.full((3,), 5.0))
+        out = u.square().sum()
+    out.backward()
+    assert x.grad.tolist() == [20.0] * 3
+
+
+def run_block(monkeypatch: pytest.MonkeyPatch, device: str, recompute: bool) -> tuple[list[Tensor], int]:
+    """The gradients of one block, and the bytes that it keeps on the GPU for backward."""
+    if not recompute:
+        monkeypatch.setattr(Recomputed, "register", lambda *args: None)
+    torch.manual_seed(0)
+    block = mamba.BidirectionalMamba(64, d_state=4).to(device)
+    hidden = torch.randn(2, 197, 64, device=device)
+    before = torch.cuda.memory_allocated() if device == "cuda" else 0
+    out, ((B, _), (_, C)) = block(hidden)
+    loss = out.square().sum() + B.sum() + C.square().sum()
+    del out, B, C, _
+    kept = torch.cuda.memory_allocated() - before if device == "cuda" else 0
+    loss.backward()
+    return [parameter.grad for parameter in block.parameters()], kept
+
+
+def test_block_has_the_same_gradients_with_and_without(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    with_recipes, _ = run_block(monkeypatch, device, recompute=True)
+    without, _ = run_block(monkeypatch, device, recompute=False)
+    assert all(torch.equal(a, b) for a, b in zip(with_recipes, without, strict=True))
+
+
+@pytest.mark.gpu
+def test_block_keeps_neither_convolved_tokens_nor_delta(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, kept = run_block(monkeypatch, "cuda", recompute=True)
+    _, kept_without = run_block(monkeypatch, "cuda", recompute=False)
+    one = 2 * 197 * 128 * 4  # bytes of u, or of delta, of one direction
+    assert kept_without - kept >= 4 * one
