@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch.nn.functional as F
@@ -10,13 +11,15 @@ from torch import Tensor, nn
 from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
+from cab.students.recompute import Recomputed
 from cab_kernels import causal_conv1d_fn, selective_scan_fn
 
 
 class _KernelForward(nn.Module):
     """The forward pass of transformers' Mamba mixers over ``cab_kernels``; parameters, cache and arguments are theirs.
 
-    A prompt that comes in several parts goes on from the state in the cache, as a single token does.
+    A prompt that comes in several parts goes on from the state in the cache, as a single token does. In training,
+    forward keeps neither the convolved tokens nor delta for backward, which makes them again.
     """
 
     on_projections: Callable[[Tensor, Tensor], None] | None = None  # shown B and C, (batch, tokens, state) each
@@ -29,35 +32,43 @@ class _KernelForward(nn.Module):
         cache = None if cache_params is None else cache_params.layers[mixer.layer_idx]
         state = None if cache is None else cache.recurrent_states[0]
         x, z = mixer.in_proj(_without_padding(hidden_states, attention_mask)).transpose(1, 2).chunk(2, dim=1)
-        u = _without_padding(self._convolve(x, cache).transpose(1, 2), attention_mask)
-        low_rank, B, C = self._project(u)
+        tokens = x.shape[-1]
+        if cache is not None:  # which puts the last inputs before these
+            x = cache.update_conv_state(x, conv_kernel_size=mixer.conv_kernel_size)
+
+        def convolve(x: Tensor) -> Tensor:
+            u = causal_conv1d_fn(x, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, "silu")
+            return _without_padding(u[..., -tokens:].transpose(1, 2), attention_mask)
+
+        def expand(low_rank: Tensor) -> Tensor:
+            return F.linear(low_rank, mixer.dt_proj.weight.to(low_rank.dtype)).transpose(1, 2)
+
+        recomputed = Recomputed()
+        with recomputed if cache is None else nullcontext():
+            u = convolve(x)
+            recomputed.register(u, lambda: convolve(x.detach()))
+            low_rank, B, C = self._project(u)
+            delta = expand(low_rank)
+            recomputed.register(delta, lambda: expand(low_rank.detach()))
+            scanned = selective_scan_fn(
+                u.transpose(1, 2),
+                delta,
+                -mixer.A_log.float().exp(),
+                B.transpose(1, 2),
+                C.transpose(1, 2),
+                mixer.D.float(),
+                z=z,
+                delta_bias=mixer.dt_proj.bias.float(),
+                delta_softplus=True,
+                return_last_state=cache is not None,
+                initial_state=state,
+            )
         if self.on_projections is not None:
             self.on_projections(B, C)
-        scanned = selective_scan_fn(
-            u.transpose(1, 2),
-            F.linear(low_rank, mixer.dt_proj.weight).transpose(1, 2),
-            -mixer.A_log.float().exp(),
-            B.transpose(1, 2),
-            C.transpose(1, 2),
-            mixer.D.float(),
-            z=z,
-            delta_bias=mixer.dt_proj.bias.float(),
-            delta_softplus=True,
-            return_last_state=cache is not None,
-            initial_state=state,
-        )
         if cache is not None:
             scanned, last_state = scanned
             cache.update_recurrent_state(last_state)
         return mixer.out_proj(scanned.transpose(1, 2).to(hidden_states.dtype))
-
-    def _convolve(self, x: Tensor, cache: Any) -> Tensor:
-        mixer: Any = self
-        tokens = x.shape[-1]
-        if cache is not None:  # which puts the last inputs before these
-            x = cache.update_conv_state(x, conv_kernel_size=mixer.conv_kernel_size)
-        weight, bias = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
-        return causal_conv1d_fn(x, weight, bias, mixer.activation)[..., -tokens:]
 
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mixer: Any = self
