@@ -6,7 +6,8 @@
     python bench/step.py --student vim_small_patch16_224 --teacher deit_base_patch16_224
 
 Weights are random: the time of a step does not depend on them. The step is forward, backward and a fused AdamW. Peak
-memory is the allocator's, with parameters, optimiser state and teacher. "graphed" replays the step as one CUDA graph.
+memory is the allocator's, with parameters, optimiser state and teacher. "graphed" replays forward and backward as
+one CUDA graph, as the trainer does.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from _machine import describe_machine
 import cab.students.vim  # noqa: F401  (registers the students)
 from cab.bridge import Bridges
 from cab.distill.task import DistillationTask
+from cab.graphed import GraphedStep
 from cab.teachers.timm import TimmTeacher
 
 WARMUP, STEPS = 5, 20
@@ -38,11 +40,12 @@ def make_task(student_name: str, teacher_name: str, align: bool) -> Distillation
 class Step:
     """A training step on one batch of noise, callable again and again."""
 
-    def __init__(self, task: DistillationTask, batch: int, dtype: torch.dtype) -> None:
+    def __init__(self, task: DistillationTask, batch: int, dtype: torch.dtype, graph: bool) -> None:
         self.task = task
         self.dtype = dtype
-        self.optimizer = torch.optim.AdamW(task.parameters(), lr=1e-4, fused=True, capturable=True)
+        self.optimizer = torch.optim.AdamW(task.parameters(), lr=1e-4, fused=True)
         self.images = torch.rand(batch, 3, 224, 224, device="cuda")
+        self.graphed = GraphedStep(task, dtype) if graph else None
 
     def forward(self) -> torch.Tensor:
         with torch.autocast("cuda", self.dtype, enabled=self.dtype != torch.float32):
@@ -50,22 +53,11 @@ class Step:
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()
-        self.forward().backward()
+        if self.graphed:
+            self.graphed(images=self.images)
+        else:
+            self.forward().backward()
         self.optimizer.step()
-
-
-def graphed(step: Step) -> Callable[[], None]:
-    """The step as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def milliseconds(step: Callable[[], None]) -> float:
@@ -86,8 +78,7 @@ def milliseconds(step: Callable[[], None]) -> float:
 def measure(student: str, teacher: str, align: bool, batch: int, dtype: torch.dtype, graph: bool) -> None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    step = Step(make_task(student, teacher, align), batch, dtype)
-    ms = milliseconds(graphed(step) if graph else step)
+    ms = milliseconds(Step(make_task(student, teacher, align), batch, dtype, graph))
     peak = torch.cuda.max_memory_allocated() / 2**30
     loss = "KL + alignment" if align else "KL"
     how = "graphed" if graph else "eager"
@@ -100,7 +91,7 @@ def measure(student: str, teacher: str, align: bool, batch: int, dtype: torch.dt
 
 def profile(student: str, teacher: str, batch: int) -> None:
     """Phases of the bf16 step by events, and its largest kernels."""
-    step = Step(make_task(student, teacher, True), batch, torch.bfloat16)
+    step = Step(make_task(student, teacher, True), batch, torch.bfloat16, graph=False)
     for _ in range(WARMUP):
         step()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]

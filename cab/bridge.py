@@ -73,3 +73,7 @@ class Bridges(nn.Module):
         self.directions = directions
         self.key = BridgeStack(layers * directions, d_state, hidden, key_width)
         self.query = BridgeStack(layers * directions, d_state, hidden, query_width)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the biases: stacked they have two axes, and do not show as biases by their shape."""
+        return {name for name, _ in self.named_parameters() if name.endswith((".b1", ".b2"))}

@@ -63,6 +63,7 @@ class DistillationTask(nn.Module):
     student: Student
     teacher: Teacher | None
     bridges: Bridges | None
+    _alignment_weight: Tensor
 
     def __init__(
         self,
@@ -82,6 +83,8 @@ class DistillationTask(nn.Module):
         self.schedule = schedule or AlignmentSchedule()
         self.trust = AdaptiveTrust() if self.schedule.kind == "adaptive" else None
         self.alignment_weight = self.schedule.weight
+        # The same number where the loss is computed, so that a captured step follows it.
+        self.register_buffer("_alignment_weight", torch.tensor(self.schedule.weight), persistent=False)
         self.__dict__["teacher"] = teacher  # past nn.Module's registration: neither trained nor saved
         if teacher is None:
             if bridges is not None or self.weights.kd:
@@ -120,13 +123,17 @@ class DistillationTask(nn.Module):
         return super()._apply(fn, recurse)
 
     def no_weight_decay(self) -> set[str]:
-        """The student's parameters that must not be decayed, by their names in the task."""
-        return {f"student.{name}" for name in self.student.no_weight_decay()}
+        """The parameters that must not be decayed, by their names in the task."""
+        spared = {f"student.{name}" for name in self.student.no_weight_decay()}
+        if self.bridges is not None:
+            spared |= {f"bridges.{name}" for name in self.bridges.no_weight_decay()}
+        return spared
 
     def advance(self, step: int, total_steps: int) -> None:
         """Set the alignment's weight for ``step``, counted from 0, of a run of ``total_steps``."""
         trust = 1.0 if self.trust is None else self.trust.value()
         self.alignment_weight = self.schedule.weight_at(step, total_steps, trust)
+        self._alignment_weight.fill_(self.alignment_weight)
 
     def _compare(self, terms: dict[str, Tensor]) -> GradientAgreement:
         """Norms and cosine of the gradients of the KL and of the alignment by the student's parameters."""
@@ -134,6 +141,8 @@ class DistillationTask(nn.Module):
 
     def _weigh(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """The "loss", the weighted sum of "kl", "ce" and "align", and those that there are, unweighted and detached."""
-        weights = {"kl": self.weights.kd, "ce": self.weights.ce, "align": self.alignment_weight}
-        loss = torch.stack([weights[name] * term for name, term in terms.items() if weights[name]]).sum()
-        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+        weights = {"kl": self.weights.kd, "ce": self.weights.ce}
+        weighted = [weights[name] * term for name, term in terms.items() if weights.get(name)]
+        if "align" in terms:
+            weighted.append(self._alignment_weight * terms["align"])
+        return {"loss": torch.stack(weighted).sum(), **{name: term.detach() for name, term in terms.items()}}

@@ -1,0 +1,154 @@
+"""From a configuration to models and tasks: the one place where the names and numbers of a run become modules."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+import cab.students.vim  # noqa: F401  registers the students with timm
+from cab.bridge import Bridges
+from cab.config import Config, TeacherConfig, UserError
+from cab.distill.schedule import AlignmentSchedule, Kind
+from cab.distill.targets import TargetKind
+from cab.distill.task import LossWeights
+from cab.distill.vision import VisionTask
+from cab.students.student import ImageStudent
+from cab.teachers.timm import TimmTeacher
+
+_SHAPE_OF_TEACHER = ("patch_size", "embed_dim", "depth", "num_heads")
+_SHAPE_OF_STUDENT = ("patch_size", "embed_dim", "depth", "d_state")
+
+
+def needs_teacher(config: Config) -> bool:
+    """Whether the loss of this configuration has a term that a teacher provides."""
+    return bool(config.loss.kl) or config.bridge.enabled
+
+
+def teacher_model(config: Config, classes: int, weights: Path | None = None) -> nn.Module:
+    """The timm model that teaches.
+
+    Args:
+        config: of the run.
+        classes: of the data.
+        weights: the teacher that the run trained on the spot, where it has; otherwise the configuration decides.
+
+    Raises:
+        UserError: no such model, weights that do not fit or cannot be had, or other classes than the data's.
+    """
+    teacher = config.teacher
+    own = weights or (Path(teacher.weights) if teacher.weights else None)
+    new_head = own is not None or teacher.steps > 0
+    torch.manual_seed(config.seed)
+    model = _create(
+        teacher.name,
+        "teacher.name",
+        config.data.image_size,
+        {name: getattr(teacher, name) for name in _SHAPE_OF_TEACHER},
+        pretrained=teacher.pretrained and own is None,
+        **({"num_classes": classes} if new_head else {}),
+    )
+    if own is not None:
+        _load(model, own, teacher)
+    if model.num_classes != classes:
+        raise UserError(
+            f"expected a teacher of {classes} classes like the data, got {teacher.name} with {model.num_classes}; "
+            "give teacher.weights of your own, or teacher.steps to train a new head on the data first"
+        )
+    return model
+
+
+def student_model(config: Config, classes: int) -> ImageStudent:
+    """The student with new weights: with one seed the same for every arm, but for A where the arms differ in it."""
+    student = config.student
+    names = timm.list_models(module="vim")
+    if student.name not in names:
+        raise UserError(f"expected student.name to be one of {', '.join(names)}, got {student.name!r}")
+    torch.manual_seed(config.seed)
+    return _create(
+        student.name,
+        "student.name",
+        config.data.image_size,
+        {name: getattr(student, name) for name in _SHAPE_OF_STUDENT},
+        num_classes=classes,
+        drop_path_rate=student.drop_path,
+        a_init=student.a_init,
+    )
+
+
+def distillation_task(config: Config, teacher: nn.Module | None, classes: int) -> VisionTask:
+    """Student, teacher and bridges of one arm.
+
+    Args:
+        config: of the arm.
+        teacher: from :func:`teacher_model`; None where :func:`needs_teacher` says so.
+        classes: of the data.
+    """
+    student = student_model(config, classes)
+    loss = config.loss
+    with _refused():
+        tapped = TimmTeacher(teacher) if teacher is not None else None
+        bridges = None
+        if tapped is not None and config.bridge.enabled:
+            bridges = Bridges(
+                layers=student.num_layers,
+                directions=student.directions,
+                d_state=student.d_state,
+                hidden=config.bridge.hidden,
+                key_width=tapped.key_width,
+                query_width=tapped.query_width,
+            )
+        return VisionTask(
+            student,
+            tapped,
+            bridges,
+            weights=LossWeights(kd=loss.kl, ce=loss.ce, temperature=loss.temperature),
+            schedule=AlignmentSchedule(cast(Kind, loss.schedule), loss.align, loss.until),
+            targets=cast(TargetKind, config.bridge.targets),
+        )
+
+
+def supervised_task(model: nn.Module) -> VisionTask:
+    """A task that trains or measures a model on the labels alone."""
+    return VisionTask(cast(ImageStudent, model), weights=LossWeights(kd=0.0, ce=1.0))
+
+
+def _create(name: str, key: str, image_size: int, shape: dict[str, int | None], **options: Any) -> Any:
+    if ":" not in name and not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"expected {key} to be a model that timm knows, got {name!r}{hint}")
+    given = {option: value for option, value in shape.items() if value is not None}
+    published = timm.get_pretrained_cfg(name)
+    if published is None or published.input_size[-1] != image_size:
+        options["img_size"] = image_size
+        options["pretrained_cfg_overlay"] = {"input_size": (3, image_size, image_size)}
+    wanted = "".join(f", {option}={value}" for option, value in given.items())
+    with _refused(f"expected {key}={name} to take images of {image_size} x {image_size} pixels{wanted}"):
+        return timm.create_model(name, **given, **options)
+
+
+def _load(model: nn.Module, file: Path, teacher: TeacherConfig) -> None:
+    if file.suffix != ".safetensors":
+        raise UserError(f"expected teacher.weights to be a .safetensors file, got {file}")
+    if not file.is_file():
+        raise UserError(f"expected a file with the teacher's weights, got no file {file}")
+    with _refused(f"expected the weights of {teacher.name} in {file}"):
+        model.load_state_dict(safetensors.torch.load_file(file))
+
+
+@contextmanager
+def _refused(expected: str = "") -> Iterator[None]:
+    """Turns what a model's code says against names and numbers of the user into one line for the user."""
+    try:
+        yield
+    except (ValueError, RuntimeError, TypeError, AssertionError, OSError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{expected}, got: {reason}" if expected else reason) from error

@@ -1,0 +1,180 @@
+"""The command line, the only reader of arguments and environment. Torch loads when a command needs it, not before."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import NoReturn
+
+from cab.config import ARMS, PRESETS, UserError
+from cab.settings import of_run, resolve, to_yaml
+
+# What the extra "vision" brings; a missing one is the user's to install, any other import error is ours.
+_EXTRA = {"accelerate", "matplotlib", "safetensors", "sklearn", "tensorboard", "timm", "torchvision", "tqdm"} | {
+    "transformers",
+    "yaml",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 2 for what the user can put right, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except (UserError, ModuleNotFoundError) as error:
+        if options.traceback:
+            traceback.print_exc()
+        print(f"{options.program}: {_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        if (error.name or "").partition(".")[0] not in _EXTRA:
+            raise error
+        return f"expected the packages of cab-kernels[vision], got no module {error.name!r}"
+    # A process that loads images hands its error over with its traceback around the message.
+    return " ".join(str(error).rpartition("UserError: ")[2].split())
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="cab",
+        description="Distil a Transformer into a Mamba student: small bridges align the student's B and C with the "
+        "teacher's K and Q, layer by layer (arXiv:2510.19266).",
+        epilog="'cab distill' with nothing else is a complete example that takes minutes on a CPU.",
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_distill(commands)
+    _add_eval(commands)
+    _add_presets(commands)
+    _add_subset(commands)
+    for name, command in commands.choices.items():
+        command.add_argument("--traceback", action="store_true", help="on an error, print Python's traceback too")
+        command.set_defaults(program=f"cab {name}")
+    return parser
+
+
+def _add_distill(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "distill",
+        help="train the arms of a run and compare them",
+        description="Train one student for each arm, with the same teacher, data, order of data and steps, and end "
+        "with a table and learning curves. The values come from a preset, then --config, then --set.",
+        epilog="examples: cab distill | cab distill --preset vision --set data.root=imagenet --set data.fraction=0.1 | "
+        "cab distill --set arms=cab,ce --set optim.steps=600",
+    )
+    parser.add_argument("--preset", metavar="NAME", help="where the values start from; default: digits")
+    parser.add_argument("--config", metavar="FILE", type=Path, help="YAML file with values; see --print-config")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="one value, such as optim.lr=1e-3; repeatable"
+    )
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the run; default: runs/PRESET-TIME")
+    parser.add_argument("--resume", metavar="DIR", type=Path, help="go on with an interrupted run; stands alone")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print every value with its meaning as YAML, and stop"
+    )
+    parser.set_defaults(command=_distill)
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="measure the students of a run",
+        description="Measure the students of a run on its test split. A student needs neither teacher nor bridges.",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    parser.add_argument("--data", metavar="DIR", help="another folder with train/ and val/ for the images")
+    parser.set_defaults(command=_eval)
+
+
+def _add_presets(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "presets", help="list presets and arms", description="List the presets and the arms, with what they fix."
+    )
+    parser.set_defaults(command=_presets)
+
+
+def _add_subset(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "subset",
+        help="choose a class-balanced part of a data set",
+        description="Choose the same fraction of every class of DATA/train, at least one image each, and write their "
+        "names to an index file for data.index. No image is copied.",
+    )
+    parser.add_argument("data", metavar="DATA", type=Path, help="folder that holds train/CLASS/*.jpg")
+    parser.add_argument("--fraction", metavar="F", type=float, required=True, help="above 0, at most 1")
+    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the index file, JSON")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the choice; default: 0")
+    parser.set_defaults(command=_subset)
+
+
+def _distill(options: argparse.Namespace) -> None:
+    if options.resume and (options.preset or options.config or options.set or options.out):
+        raise UserError("expected --resume alone, since the run's own configuration holds; got other options beside it")
+    if options.print_config:
+        print(to_yaml(resolve(options.preset, options.config, options.set)), end="")
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"expected one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
+    if options.resume:
+        config, folder = of_run(options.resume), options.resume
+    else:
+        config = resolve(options.preset, options.config, options.set)
+        folder = options.out or Path("runs") / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(
+                f"expected a new or empty folder for --out, got {folder}; --resume {folder} goes on with it"
+            )
+    from cab.run import distill
+
+    try:
+        distill(config, folder, print)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; cab distill --resume {folder} goes on", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from cab.report import table
+    from cab.run import evaluate
+
+    print(table(evaluate(options.run, options.data)))
+
+
+def _presets(options: argparse.Namespace) -> None:
+    for title, variants in (("presets, for --preset", PRESETS), ("arms, for --set arms=NAME,NAME", ARMS)):
+        print(f"{title}:")
+        for name, variant in variants.items():
+            print(f"  {name:<12}{variant.help}")
+    print("\nevery value of a preset, with its meaning: cab distill --preset NAME --print-config")
+
+
+def _subset(options: argparse.Namespace) -> None:
+    from cab.data.folder import scan
+    from cab.data.subset import class_balanced, write_index
+
+    folder = scan(options.data / "train")
+    chosen = class_balanced(folder.labels, folder.classes, options.fraction, options.seed)
+    write_index(options.out, folder.names, folder.labels, folder.classes, chosen)
+    print(f"{options.out}: {len(chosen)} of {len(folder.names)} images, {len(folder.classes)} classes")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("cab-kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

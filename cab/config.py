@@ -1,0 +1,308 @@
+"""Everything that a run needs to know: frozen dataclasses that check themselves on construction, presets and arms.
+
+A *preset* says what is trained on what. An *arm* is a named variant of one run: the paper's bridge, or a control that
+leaves something out. Plain Python: importing this loads no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class UserError(ValueError):
+    """What the user gave cannot be used; the message is one line that says what was expected and what came."""
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """A field with its default, the line that explains it, and the values that it takes."""
+    rules = {"help": help, "choices": choices, "above": above, "at_least": at_least, "at_most": at_most}
+    return dataclasses.field(default=default, metadata=rules)
+
+
+def has_type(value: Any, annotation: Any) -> bool:
+    if annotation == tuple[str, ...]:
+        return isinstance(value, tuple) and all_text(value)
+    kinds = typing.get_args(annotation) or (annotation,)
+    return type(value) in kinds or (float in kinds and type(value) is int)
+
+
+def all_text(parts: Any) -> bool:
+    return isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts)
+
+
+def describe(annotation: Any) -> str:
+    if annotation == tuple[str, ...]:
+        return "a list of names"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+    return " or ".join(names[kind] for kind in typing.get_args(annotation) or (annotation,))
+
+
+def known_name(name: str, names: Iterable[str], kind: str) -> None:
+    names = list(names)
+    if name not in names:
+        raise UserError(f"expected {kind} to be one of {', '.join(names)}, got {name!r}{nearest(name, names)}")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(names), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Checks the type and the range of every field on construction, in one message format."""
+
+    _prefix: typing.ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Section):
+                continue
+            key = self._prefix + field.name
+            if not has_type(value, hints[field.name]):
+                raise UserError(f"expected {key} to be {describe(hints[field.name])}, got {value!r}")
+            if value is not None:
+                _check_range(key, value, field.metadata)
+
+
+def _check_range(key: str, value: Any, rules: Mapping[str, Any]) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"expected {key} to be finite, got {value!r}")
+    if rules["choices"] and value not in rules["choices"]:
+        raise UserError(f"expected {key} to be one of {', '.join(rules['choices'])}, got {value!r}")
+    if rules["above"] is not None and not value > rules["above"]:
+        raise UserError(f"expected {key} to be above {rules['above']}, got {value!r}")
+    if rules["at_least"] is not None and not value >= rules["at_least"]:
+        raise UserError(f"expected {key} to be at least {rules['at_least']}, got {value!r}")
+    if rules["at_most"] is not None and not value <= rules["at_most"]:
+        raise UserError(f"expected {key} to be at most {rules['at_most']}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """Which images the student sees, and how."""
+
+    _prefix = "data."
+
+    name: str = _option("folder", "digits (scikit-learn's scans) or folder", choices=("digits", "folder"))
+    root: str | None = _option(None, "for folder: a folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
+    fraction: float = _option(1.0, "share of each class of the training split, for the student", above=0, at_most=1)
+    index: str | None = _option(None, "index file written by 'cab subset'; takes the place of data.fraction")
+    image_size: int = _option(224, "height and width of an image in pixels", at_least=1)
+    augment: str = _option(
+        "crop", "none, crop (random crop and flip), or rand (RandAugment on top)", choices=("none", "crop", "rand")
+    )
+    workers: int = _option(4, "processes that load images; 0 loads in the training process", at_least=0)
+    seed: int = _option(0, "draws the split of digits and the subset; the same for every arm", at_least=0)
+
+
+@dataclass(frozen=True)
+class TeacherConfig(Section):
+    """The frozen Transformer: any timm model whose attention layers expose Q and K."""
+
+    _prefix = "teacher."
+
+    name: str = _option("deit_tiny_patch16_224", "a timm model's name")
+    pretrained: bool = _option(True, "start from timm's published weights")
+    weights: str | None = _option(None, "a .safetensors file with the teacher's weights")
+    patch_size: int | None = _option(None, "the model's own where none", at_least=1)
+    embed_dim: int | None = _option(None, "the model's own where none", at_least=1)
+    depth: int | None = _option(None, "the model's own where none", at_least=1)
+    num_heads: int | None = _option(None, "the model's own where none", at_least=1)
+    steps: int = _option(0, "steps of training on the full training split, before distillation", at_least=0)
+    lr: float = _option(1e-3, "learning rate of those steps", above=0)
+
+
+@dataclass(frozen=True)
+class StudentConfig(Section):
+    """The Mamba student: a Vision Mamba from timm's registry."""
+
+    _prefix = "student."
+
+    name: str = _option("vim_tiny_patch16_224", "a student's name in timm's registry")
+    a_init: str = _option("zero", "zero: decay near 1, linear attention; s4d: Mamba's default", choices=("zero", "s4d"))
+    patch_size: int | None = _option(None, "the model's own where none", at_least=1)
+    embed_dim: int | None = _option(None, "the model's own where none", at_least=1)
+    depth: int | None = _option(None, "the model's own where none", at_least=1)
+    d_state: int | None = _option(None, "the model's own where none", at_least=1)
+    drop_path: float = _option(0.0, "stochastic depth of the last block", at_least=0, at_most=0.99)
+
+
+@dataclass(frozen=True)
+class BridgeConfig(Section):
+    """The MLPs from the student's B and C to the teacher's K and Q."""
+
+    _prefix = "bridge."
+
+    enabled: bool = _option(True, "align the student's B and C with the teacher's K and Q")
+    hidden: int = _option(128, "width of a bridge's hidden layer", at_least=1)
+    targets: str = _option(
+        "raw",
+        "K and Q as they are (raw), each channel standardised, or through the published code's softmax",
+        choices=("raw", "standardised", "softmax"),
+    )
+
+
+@dataclass(frozen=True)
+class LossConfig(Section):
+    """What is minimised: kl * KL(teacher || student) + ce * cross-entropy + align(step) * alignment."""
+
+    _prefix = "loss."
+
+    kl: float = _option(1.0, "weight of the KL divergence from the teacher's logits", at_least=0)
+    ce: float = _option(0.0, "weight of the cross-entropy with the labels", at_least=0)
+    temperature: float = _option(1.0, "of the logits in the KL divergence", above=0)
+    align: float = _option(1.0, "weight of the alignment, where bridge.enabled", at_least=0)
+    schedule: str = _option(
+        "constant",
+        "of the alignment's weight: constant, until (then 0), ramp (falls to 0), or adaptive (follows the agreement "
+        "of its gradient with the KL's)",
+        choices=("constant", "until", "ramp", "adaptive"),
+    )
+    until: float = _option(1.0, "share of the steps after which until and ramp end", above=0, at_most=1)
+
+
+@dataclass(frozen=True)
+class OptimConfig(Section):
+    """AdamW with linear warm-up and cosine decay."""
+
+    _prefix = "optim."
+
+    steps: int = _option(20_000, "optimiser steps", at_least=1)
+    batch_size: int = _option(64, "images a forward pass on one device", at_least=1)
+    accumulation: int = _option(1, "forward passes a step", at_least=1)
+    lr: float = _option(5e-4, "peak learning rate", above=0)
+    weight_decay: float = _option(0.05, "spares A_log, D, biases, norms, position embeddings and tokens", at_least=0)
+    warmup: float = _option(0.05, "share of the steps", at_least=0, at_most=1)
+    clip: float = _option(1.0, "largest norm of the gradient; 0 does not clip", at_least=0)
+
+
+@dataclass(frozen=True)
+class Config(Section):
+    """One run: the same teacher, data, order of data and number of steps for each of its arms."""
+
+    preset: str = _option("digits", "the preset that the rest of the values started from")
+    arms: tuple[str, ...] = _option(("cab",), "variants to train, one after the other; 'cab presets' lists them")
+    seed: int = _option(0, "initial weights and order of the data; the same for every arm", at_least=0)
+    device: str = _option("auto", "auto (a GPU where there is one), cpu or cuda", choices=("auto", "cpu", "cuda"))
+    precision: str = _option(
+        "auto", "auto (bfloat16 on a GPU), float32 or bfloat16", choices=("auto", "float32", "bfloat16")
+    )
+    graph: bool = _option(True, "on a GPU, replay forward and backward pass as one CUDA graph")
+    log_every: int = _option(50, "steps between two entries of the training losses", at_least=1)
+    eval_every: int = _option(1000, "steps between two evaluations", at_least=1)
+    save_every: int = _option(1000, "steps between two checkpoints", at_least=1)
+    data: DataConfig = DataConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = StudentConfig()
+    bridge: BridgeConfig = BridgeConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.arms:
+            raise UserError("expected arms to name at least one arm, got none")
+        for arm in self.arms:
+            known_name(arm, ARMS, "arm")
+        if len(set(self.arms)) < len(self.arms):
+            raise UserError(f"expected each arm once, got {', '.join(self.arms)}")
+        for key, patch_size in (("teacher", self.teacher.patch_size), ("student", self.student.patch_size)):
+            if patch_size and self.data.image_size % patch_size:
+                raise UserError(
+                    f"expected data.image_size to be a multiple of {key}.patch_size={patch_size}, "
+                    f"got {self.data.image_size}"
+                )
+        if self.data.name == "folder" and self.data.root is None:
+            raise UserError("expected data.root, a folder with train/CLASS and val/CLASS, got none")
+        aligned_to_the_end = self.bridge.enabled and self.loss.align and self.loss.schedule == "constant"
+        if not self.loss.kl and not self.loss.ce and not aligned_to_the_end:
+            raise UserError("expected loss.kl, loss.ce or a constant loss.align above 0, got nothing to learn from")
+        if self.loss.schedule == "adaptive" and self.bridge.enabled and not self.loss.kl:
+            raise UserError("expected loss.kl above 0 for loss.schedule=adaptive, which compares with it, got 0.0")
+        if not (self.teacher.pretrained or self.teacher.weights or self.teacher.steps):
+            raise UserError("expected teacher.pretrained, teacher.weights or teacher.steps, got a teacher without any")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A named set of values, with the line that explains it."""
+
+    help: str
+    overrides: Mapping[str, Any]
+
+
+ARMS: Mapping[str, Variant] = types.MappingProxyType(
+    {
+        "cab": Variant("the paper's: bridge and A ~ 0", {"bridge.enabled": True, "student.a_init": "zero"}),
+        "cab-adaptive": Variant(
+            "bridge, A ~ 0; the alignment's weight follows the agreement of the gradients",
+            {"bridge.enabled": True, "student.a_init": "zero", "loss.schedule": "adaptive"},
+        ),
+        "cab-softmax": Variant(
+            "the published code's targets and weight: bridge to softmax of K and Q, A ~ 0",
+            {"bridge.enabled": True, "student.a_init": "zero", "bridge.targets": "softmax", "loss.align": 3.0},
+        ),
+        "cab-s4d": Variant("bridge, Mamba's own A", {"bridge.enabled": True, "student.a_init": "s4d"}),
+        "soft-kd": Variant("control: KL alone, Mamba's own A", {"bridge.enabled": False, "student.a_init": "s4d"}),
+        "soft-kd-a0": Variant("control: KL alone, A ~ 0", {"bridge.enabled": False, "student.a_init": "zero"}),
+        "ce": Variant(
+            "control: labels alone, no teacher",
+            {"bridge.enabled": False, "student.a_init": "s4d", "loss.kl": 0.0, "loss.ce": 1.0},
+        ),
+        "custom": Variant("exactly what the configuration says", {}),
+    }
+)
+
+PRESETS: Mapping[str, Variant] = types.MappingProxyType(
+    {
+        "digits": Variant(
+            "scikit-learn's digits; a small ViT trained on the spot teaches a small Vim on 10 %; minutes on a CPU",
+            {
+                "arms": ("soft-kd", "soft-kd-a0", "cab"),
+                "log_every": 5,
+                "eval_every": 25,
+                "save_every": 100,
+                "data.name": "digits",
+                "data.fraction": 0.1,
+                "data.image_size": 8,
+                "data.augment": "none",
+                "data.workers": 0,
+                "teacher.name": "vit_tiny_patch16_224",
+                "teacher.pretrained": False,
+                "teacher.patch_size": 2,
+                "teacher.embed_dim": 64,
+                "teacher.depth": 4,
+                "teacher.num_heads": 4,
+                "teacher.steps": 800,
+                "teacher.lr": 2e-3,
+                "student.name": "vim_micro_patch2_8",
+                "student.depth": 4,
+                "bridge.hidden": 64,
+                "optim.steps": 200,
+                "optim.batch_size": 32,
+                "optim.lr": 1e-3,
+            },
+        ),
+        "vision": Variant(
+            "a folder of images, a pretrained timm ViT as teacher, Vim-Tiny at 224 x 224; needs data.root and a GPU", {}
+        ),
+    }
+)

@@ -1,0 +1,318 @@
+"""The command line: a whole run in seconds, and one line and exit status 2 for whatever the user can put right."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+from PIL import Image
+
+from cab.cli import main
+
+TINY = [
+    "device=cpu",
+    "student.depth=1",
+    "student.embed_dim=16",
+    "student.d_state=4",
+    "teacher.depth=1",
+    "teacher.embed_dim=16",
+    "teacher.num_heads=2",
+    "teacher.steps=2",
+    "bridge.hidden=8",
+    "optim.steps=2",
+    "optim.batch_size=64",
+]
+
+
+def distill(*settings: str) -> list[str]:
+    return ["distill", *(word for setting in (*TINY, *settings) for word in ("--set", setting))]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that has ended."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main([*distill("arms=soft-kd,cab"), "--out", str(folder)]) == 0
+    return folder
+
+
+def test_a_run_leaves_all_that_it_promises(finished: Path) -> None:
+    assert sorted(file.name for file in finished.iterdir()) == [
+        "cab",
+        "config.yaml",
+        "curves.png",
+        "index.json",
+        "results.json",
+        "soft-kd",
+        "teacher",
+        "teacher.safetensors",
+    ]
+    assert json.loads((finished / "index.json").read_text())["images"] == 143
+    for arm in ("soft-kd", "cab"):
+        names = {file.name for file in (finished / arm).iterdir()}
+        assert names == {"checkpoint-2", "metrics.jsonl", "result.json", "student.safetensors", "tensorboard"}
+        weights = safetensors.torch.load_file(finished / arm / "student.safetensors")
+        assert "layers.0.mixer.A_log" in weights
+        assert not any("bridge" in name for name in weights)
+    rows = {row["name"]: row for row in json.loads((finished / "results.json").read_text())["rows"]}
+    assert list(rows) == ["teacher", "soft-kd", "cab"]
+    assert rows["soft-kd"]["alignment"] is None
+    assert rows["cab"]["alignment"] > 0
+    assert all(row["seconds"] > 0 for row in rows.values())
+
+
+def test_eval_measures_what_the_run_reported(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(finished)]) == 0
+    rows = {row["name"]: row for row in json.loads((finished / "results.json").read_text())["rows"]}
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [
+        [name, f"{rows[name]['accuracy']:.1%}"] for name in ("soft-kd", "cab")
+    ]
+
+
+def test_resuming_takes_ended_arms_over_and_trains_what_is_missing(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "results.json").read_text()
+    for file in (finished / "cab").rglob("*"):
+        if file.is_file():
+            file.unlink()
+    for folder in sorted((finished / "cab").rglob("*"), reverse=True):
+        folder.rmdir()
+    assert main(["distill", "--resume", str(finished)]) == 0
+    out, err = capsys.readouterr()
+    assert [line.split(":")[0] for line in err.splitlines()] == ["cab", "cab"]
+    rows, old = (json.loads(text)["rows"] for text in ((finished / "results.json").read_text(), before))
+    assert rows[:2] == old[:2]
+    assert rows[2]["accuracy"] == old[2]["accuracy"]
+    assert rows[2]["alignment"] == old[2]["alignment"]
+    assert [line.split()[0] for line in out.splitlines() if "%" in line] == ["teacher", "soft-kd", "cab"]
+
+
+def test_the_saved_configuration_reproduces_the_run(finished: Path, tmp_path: Path) -> None:
+    assert main(["distill", "--config", str(finished / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    first, again = (
+        json.loads((folder / "results.json").read_text())["rows"] for folder in (finished, tmp_path / "again")
+    )
+    for one, other in zip(first, again, strict=True):
+        assert (one["name"], one["accuracy"], one["alignment"]) == (
+            other["name"],
+            other["accuracy"],
+            other["alignment"],
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["distill", "--set", "optim.lrr=1"], "expected a known key, got 'optim.lrr'; did you mean 'optim.lr'?"),
+        (["distill", "--preset", "digit"], "expected preset to be one of digits, vision, got 'digit'; did you mean"),
+        (["distill", "--config", "no.yaml"], "expected a configuration file, got no file no.yaml"),
+        (["distill", "--preset", "vision"], "expected data.root, a folder with train/CLASS and val/CLASS, got none"),
+        (
+            ["distill", "--preset", "vision", "--set", "data.root=no"],
+            "expected a folder no/train with one folder of images for each class, got no such folder",
+        ),
+        (["distill", "--set", "data.image_size=16"], "expected data.image_size=8 for digits, got 16"),
+        (
+            ["distill", "--set", "teacher.name=vit_tinny_patch16_224"],
+            "expected teacher.name to be a model that timm knows, got 'vit_tinny_patch16_224'; did you mean "
+            "'vit_tiny_patch16_224'?",
+        ),
+        (
+            ["distill", "--set", "student.name=mamba"],
+            "expected student.name to be one of vim_base_patch16_224, vim_micro_patch2_8, vim_small_patch16_224, "
+            "vim_tiny_patch16_224, got 'mamba'",
+        ),
+        (
+            ["distill", "--set", "teacher.num_heads=5"],
+            "expected teacher.name=vit_tiny_patch16_224 to take images of 8 x 8 pixels, patch_size=2, embed_dim=64, "
+            "depth=4, num_heads=5, got: ",
+        ),
+        (
+            ["distill", "--set", "teacher.weights=no.safetensors"],
+            "expected a file with the teacher's weights, got no file no.safetensors",
+        ),
+        (
+            ["distill", "--set", "teacher.weights=teacher.pth"],
+            "expected teacher.weights to be a .safetensors file, got teacher.pth",
+        ),
+        (["distill", "--set", "data.index=no.json"], "expected an index file, got no file no.json"),
+        (["distill", "--resume", "no"], "expected the folder of a run, got no folder no"),
+        (["distill", "--resume", "no", "--set", "seed=1"], "expected --resume alone, "),
+        (["eval", "no"], "expected the folder of a run, got no folder no"),
+        (["subset", "no", "--fraction", "0.1", "--out", "i.json"], "expected a folder no/train with one folder of "),
+    ],
+)
+def test_refusal(
+    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"cab {arguments[0]}: {line}")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+SHAPELESS = [f"teacher.{name}=none" for name in ("patch_size", "embed_dim", "depth", "num_heads")]
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("vim_micro_patch2_8", "TimmTeacher: cannot read Q and K of vim_micro_patch2_8: it has no list of 'blocks'"),
+        ("resnet18", "expected teacher.name=resnet18 to take images of 8 x 8 pixels, got: ResNet.__init__() got an "),
+    ],
+)
+def test_refusal_of_a_teacher(name: str, line: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    settings = [f"teacher.name={name}", *SHAPELESS]
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert main(["distill", *words, "--out", str(tmp_path / "run")]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"cab distill: {line}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_traceback_is_there_for_who_asks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["distill", "--set", "seed=x", "--traceback"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "cab: the following arguments are required: COMMAND; see cab --help"),
+        (["distil"], "cab: argument COMMAND: invalid choice: 'distil'"),
+        (["distill", "--lr", "1"], "unrecognized arguments: --lr 1"),
+        (["subset", "x"], "cab subset: the following arguments are required: --fraction, --out; see cab subset --help"),
+    ],
+)
+def test_refusal_of_arguments(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    err = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert line in err
+    assert err.count("\n") == 1
+
+
+def test_a_folder_that_holds_files_is_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").write_text("")
+    assert main([*distill(), "--out", str(tmp_path)]) == 2
+    assert "expected a new or empty folder for --out, got " in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+
+
+def test_an_interruption_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cab.run.distill", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        main(["distill", "--out", str(tmp_path / "run")])
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == f"\ninterrupted; cab distill --resume {tmp_path / 'run'} goes on\n"
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Two classes of 6 training and 2 test images, 16 x 16."""
+    for split, count in (("train", 6), ("val", 2)):
+        for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (16, 16), colour).save(tmp_path / split / name / f"{index}.png")
+    return tmp_path
+
+
+def of_folder(images: Path, *settings: str) -> list[str]:
+    vision = ["data.name=folder", f"data.root={images}", "data.image_size=16", "optim.batch_size=4", "arms=cab"]
+    return [*distill(*vision, *settings), "--out", str(images / "run")]
+
+
+def test_a_folder_of_images_is_distilled_and_measured(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["subset", str(images), "--fraction", "0.5", "--out", str(images / "i.json")]) == 0
+    assert main(of_folder(images, f"data.index={images / 'i.json'}", "data.augment=crop")) == 0
+    assert "student sees 6 of 12 training images, tested on 4" in capsys.readouterr().out
+    (images / "val").rename(images / "away")
+    assert main(["eval", str(images / "run")]) == 2
+    assert "expected a folder " in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # newer Pythons warn of how torch starts its processes
+def test_a_broken_image_ends_the_run_with_its_name(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error crosses a process: it arrives with that process' traceback around it."""
+    (images / "train" / "red" / "3.png").write_bytes(b"no image")
+    assert main(of_folder(images, "data.fraction=1", "data.workers=1")) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith(f"cab distill: expected an image that can be read, got {images}/train/red/3.png: ")
+    assert not any("Traceback" in line for line in err)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in [name for name in sys.modules if name in ("cab.run", "cab.build")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert main(["distill"]) == 2
+    assert capsys.readouterr().err == (
+        "cab distill: expected the packages of cab-kernels[vision], got no module 'timm'\n"
+    )
+
+
+def test_one_process_a_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["distill"]) == 2
+    assert capsys.readouterr().err == "cab distill: expected one process, got WORLD_SIZE=2\n"
+
+
+def test_presets_and_arms_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets"]) == 0
+    words = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert words[:2] == ["digits", "vision"]
+    assert {"cab", "soft-kd", "soft-kd-a0", "ce", "custom"} <= set(words[2:])
+
+
+def test_print_config_is_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["distill", "--print-config", "--set", "optim.lr=0.25"]) == 0
+    (tmp_path / "my.yaml").write_text(capsys.readouterr().out)
+    assert main(["distill", "--print-config", "--config", str(tmp_path / "my.yaml")]) == 0
+    assert "  lr: 0.25  # peak learning rate" in capsys.readouterr().out
+
+
+def test_subset_writes_an_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for index in range(10):
+            Image.new("RGB", (2, 2)).save(tmp_path / "train" / name / f"{index}.png")
+    out = tmp_path / "i.json"
+    assert main(["subset", str(tmp_path), "--fraction", "0.2", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}: 4 of 20 images, 2 classes\n"
+    assert {name: len(images) for name, images in json.loads(out.read_text())["classes"].items()} == {"a": 2, "b": 2}
+
+
+def test_help_does_not_load_torch() -> None:
+    code = """
+import sys
+from cab.cli import main
+try:
+    main(["distill", "--help"])
+finally:
+    print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--print-config" in done.stdout
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_the_module_exits_with_the_status() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cab", "distill", "--set", "seed=x"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (2, "cab distill: expected seed to be a whole number, got 'x'\n")

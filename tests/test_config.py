@@ -1,0 +1,130 @@
+"""A configuration is merged in one order, typed by its fields, and refuses what it does not know in one line."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from cab.config import ARMS, PRESETS, OptimConfig, UserError
+from cab.settings import flatten, of_arm, of_run, resolve, to_yaml
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["optim.lrr=1"], "expected a known key, got 'optim.lrr'; did you mean 'optim.lr'?"),
+        (["xyz=1"], "expected a known key, got 'xyz'"),
+        (["optim=1"], "expected a known key, got 'optim'"),
+        (["optim.lr"], "expected --set key=value, got 'optim.lr'"),
+        (["optim.lr=fast"], "expected optim.lr to be a number, got 'fast'"),
+        (["optim.lr=0"], "expected optim.lr to be above 0, got 0.0"),
+        (["optim.lr=inf"], "expected optim.lr to be finite, got inf"),
+        (["optim.steps=2.5"], "expected optim.steps to be a whole number, got '2.5'"),
+        (["optim.steps=0"], "expected optim.steps to be at least 1, got 0"),
+        (["data.fraction=1.5"], "expected data.fraction to be at most 1, got 1.5"),
+        (["bridge.enabled=maybe"], "expected bridge.enabled to be true or false, got 'maybe'"),
+        (["student.depth=deep"], "expected student.depth to be a whole number or none, got 'deep'"),
+        (["device=tpu"], "expected device to be one of auto, cpu, cuda, got 'tpu'"),
+        (["arms=cabs"], f"expected arm to be one of {', '.join(ARMS)}, got 'cabs'; did you mean 'cab'?"),
+        (["arms=cab,cab"], "expected each arm once, got cab, cab"),
+        (["arms=[]"], f"expected arm to be one of {', '.join(ARMS)}, got ''"),
+        (["data.image_size=7"], "expected data.image_size to be a multiple of teacher.patch_size=2, got 7"),
+        (["data.name=folder"], "expected data.root, a folder with train/CLASS and val/CLASS, got none"),
+        (["loss.kl=0"], "expected loss.kl, loss.ce or a constant loss.align above 0, got nothing to learn from"),
+        (
+            ["loss.kl=0", "loss.ce=1", "loss.schedule=adaptive", "arms=cab"],
+            "expected loss.kl above 0 for loss.schedule=adaptive, which compares with it, got 0.0",
+        ),
+        (
+            ["teacher.steps=0"],
+            "expected teacher.pretrained, teacher.weights or teacher.steps, got a teacher without any",
+        ),
+        (
+            ["arms=cab", "student.a_init=s4d"],
+            "expected student.a_init=zero, which arm 'cab' fixes, got 's4d'; use --set arms=custom to choose it freely",
+        ),
+    ],
+)
+def test_refusal(settings: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve(settings=settings)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_error_names_the_preset_meant() -> None:
+    with pytest.raises(UserError, match=r"^expected preset to be one of digits, vision, got 'digit'; did you mean"):
+        resolve("digit")
+
+
+def test_a_section_checks_itself_without_a_file_or_a_command_line() -> None:
+    with pytest.raises(UserError, match=r"^expected optim\.steps to be a whole number, got True$"):
+        OptimConfig(steps=True)
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("optim:\n  lr: 1e-4\n  steps: 7\nseed: 3\n")
+    config = resolve(file=file, settings=["optim.steps=9"])
+    assert (config.optim.batch_size, config.optim.lr, config.optim.steps, config.seed) == (32, 1e-4, 9, 3)
+
+
+def test_a_file_may_name_its_preset_and_the_command_line_another(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("preset: vision\ndata: {root: images}\n")
+    assert resolve(file=file).student.name == "vim_tiny_patch16_224"
+    assert resolve("digits", file).student.name == "vim_micro_patch2_8"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "expected keys and values in .*my.yaml, got list"),
+        ("a: [", "expected YAML in .*my.yaml, got while parsing"),
+        ("optim: {lr: [1]}", r"expected optim.lr to be a number, got \[1\]"),
+        ("arms: [1]", r"expected arms to be a list of names, got \[1\]"),
+        ("preset: 3", "expected preset to be one of digits, vision, got 3"),
+        ("3: 4", "expected a known key, got '3'"),
+    ],
+)
+def test_refusal_of_a_file(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=f"^{message}"):
+        resolve(file=file)
+
+
+def test_refusal_of_a_missing_file_and_of_a_missing_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"^expected a configuration file, got no file {re.escape(str(tmp_path))}/no$"):
+        resolve(file=tmp_path / "no")
+    with pytest.raises(UserError, match=r"^expected the folder of a run, got no folder .*/no$"):
+        of_run(tmp_path / "no")
+    with pytest.raises(UserError, match=r"^expected the folder of a run, got .* without config\.yaml$"):
+        of_run(tmp_path)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_is_written_is_read_back(preset: str, tmp_path: Path) -> None:
+    config = resolve(preset, settings=["data.root=a b: c", "optim.lr=1e-5", "data.index=none"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert of_run(tmp_path) == config
+
+
+def test_every_value_is_explained() -> None:
+    lines = to_yaml(resolve()).splitlines()
+    assert len(lines) > 40
+    assert all(re.search(r"  # \w", line) for line in lines)
+
+
+def differing(first: str, second: str) -> set[str]:
+    config = resolve()
+    one, other = flatten(of_arm(config, first)), flatten(of_arm(config, second))
+    return {key for key in one if one[key] != other[key]} - {"arms"}
+
+
+def test_controls_differ_from_the_bridge_in_what_they_control_for() -> None:
+    assert differing("cab", "soft-kd-a0") == {"bridge.enabled"}
+    assert differing("soft-kd", "soft-kd-a0") == {"student.a_init"}
+    assert differing("cab", "cab-s4d") == {"student.a_init"}
+    assert differing("cab", "cab-adaptive") == {"loss.schedule"}
+    assert differing("soft-kd", "ce") == {"loss.kl", "loss.ce"}
