@@ -97,7 +97,7 @@ def test_forward_is_the_same_with_and_without_projections(family: str) -> None:
     with torch.no_grad():
         hidden = student(ids())
         assert torch.equal(hidden, student.forward_with_projections(ids())[0])
-        torch.testing.assert_close(student.head(hidden), make(family)(ids()).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(student.logits(hidden), make(family)(ids()).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_reentrant_checkpointing_is_refused() -> None:

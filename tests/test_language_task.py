@@ -74,7 +74,7 @@ def test_loss_is_the_formula() -> None:
     layers: dict[int, tuple[Tensor, Tensor]] = {}
     teacher = task.teacher.logits(task.teacher(ids, mask, lambda layer, q, k: layers.update({layer: (q, k)})))
     hidden, projections = task.student.forward_with_projections(ids, given["attention_mask"])
-    student = task.student.head(hidden)
+    student = task.student.logits(hidden)
     following = mask[:, 1:]
 
     def mse(stack: nn.Module, index: int, x: Tensor, target: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -44,7 +45,7 @@ class LanguageTask(DistillationTask):
         super().__init__(student, teacher, bridges, **options)
         self.divergence = divergence or Divergence()
         self.chunk = chunk
-        own = student.head.out_features
+        own = student.vocab_size
         self.vocab_size = shared_vocabulary(own, own if teacher is None else teacher.vocab_size, tokens)
 
     def forward(
@@ -63,6 +64,14 @@ class LanguageTask(DistillationTask):
             detached: "kl", "ce", "align". The alignment counts all tokens but padding.
         """
         return self._weigh(self._terms(input_ids, labels, attention_mask, align=self.alignment_weight > 0))
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        return {**means, "perplexity": math.exp(min(means["ce"], 700.0))} if "ce" in means else means
+
+    def _weight(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Predictions that count, of each sequence."""
+        labels = inputs.get("labels", inputs["input_ids"])
+        return (labels[:, 1:] != IGNORED).sum(1).float()
 
     def compare_gradients(
         self, input_ids: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None
@@ -88,7 +97,7 @@ class LanguageTask(DistillationTask):
             teacher_hidden = teacher(input_ids, attention_mask, alignment)
         kl, ce = token_losses(
             hidden,
-            self.student.head,
+            self.student.logits,
             labels,
             teacher_hidden=teacher_hidden,
             teacher_head=None if teacher is None else teacher.logits,

@@ -135,6 +135,19 @@ class DistillationTask(nn.Module):
         self.alignment_weight = self.schedule.weight_at(step, total_steps, trust)
         self._alignment_weight.fill_(self.alignment_weight)
 
+    def measures(self, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What an evaluation learns from a batch: for each sample its "weight" and a value of every measure."""
+        weight = self._weight(inputs)
+        terms = [name for name in ("kl", "ce", "align") if name in outputs]
+        return {"weight": weight, **{name: outputs[name].float().expand_as(weight) for name in terms}}
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """The weighted means of :meth:`measures` over the evaluation, and what follows from them."""
+        return means
+
+    def _weight(self, inputs: dict[str, Tensor]) -> Tensor:
+        raise NotImplementedError
+
     def _compare(self, terms: dict[str, Tensor]) -> GradientAgreement:
         """Norms and cosine of the gradients of the KL and of the alignment by the student's parameters."""
         return gradient_agreement(terms["kl"], terms["align"], list(self.student.parameters()))

@@ -56,7 +56,14 @@ class VisionTask(DistillationTask):
         logits, terms = self._terms(images, labels, align=self.alignment_weight > 0)
         return {**self._weigh(terms), "logits": logits}
 
-    def compare_gradients(self, images: Tensor) -> GradientAgreement:
+    def measures(self, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        correct = outputs["logits"].argmax(-1) == inputs["labels"]
+        return {"accuracy": correct.float(), **super().measures(inputs, outputs)}
+
+    def _weight(self, inputs: dict[str, Tensor]) -> Tensor:
+        return torch.ones(len(inputs["images"]), device=inputs["images"].device)
+
+    def compare_gradients(self, images: Tensor, labels: Tensor | None = None) -> GradientAgreement:
         """Norms and cosine of the gradients of the KL and of the alignment by the student's parameters."""
         return self._compare(self._terms(images, None, align=True)[1])
 

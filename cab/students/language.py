@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
+from cab.logits import logits_of
 from cab.students.mamba import A_LOG_OF_ZERO
 from cab.students.student import Projections, TokenStudent
 from cab.students.transformers_mamba import use_cab_kernels
@@ -17,7 +18,29 @@ from cab_kernels import causal_conv1d_fn
 _FAMILIES = ("mamba", "falcon_mamba", "mamba2")
 
 
-class LanguageStudent(TokenStudent):
+class PlainLanguageModel(TokenStudent):
+    """Any causal language model of transformers, to be trained or measured on text alone: it yields no B and C."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        config: Any = model.config
+        self.num_layers = config.get_text_config().num_hidden_layers
+        self.vocab_size = config.get_text_config().vocab_size
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The last hidden states (batch, tokens, width) of tokens (batch, tokens)."""
+        backbone: Any = self.model.base_model
+        return backbone(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return logits_of(self.model, hidden)
+
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
+
+class LanguageStudent(PlainLanguageModel):
     """A Mamba or Mamba-2 language model of transformers that yields B and C of every layer.
 
     ``MambaForCausalLM`` and ``FalconMambaForCausalLM`` are put on ``cab_kernels``, whose mixers show their B and C.
@@ -37,7 +60,6 @@ class LanguageStudent(TokenStudent):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
         config: Any = getattr(model, "config", None)
         family = getattr(config, "model_type", None)
         if family not in _FAMILIES:
@@ -45,8 +67,7 @@ class LanguageStudent(TokenStudent):
                 "LanguageStudent: expected a model with B and C, of model_type 'mamba', 'falcon_mamba' or 'mamba2', "
                 f"got {type(model).__name__} of model_type {family!r}"
             )
-        self.model = model
-        self.num_layers = config.num_hidden_layers
+        super().__init__(model)
         self.d_state = config.state_size * (config.n_groups if family == "mamba2" else 1)
         if family != "mamba2":
             use_cab_kernels(model)
@@ -58,11 +79,6 @@ class LanguageStudent(TokenStudent):
             else:
                 mixer.on_projections = self._keep(layer)
 
-    @property
-    def head(self) -> nn.Linear:
-        model: Any = self.model
-        return model.get_output_embeddings()
-
     def start_at_linear_attention(self) -> None:
         """Set A ~ 0: the decay of a step rounds to 1, and the scan starts as linear attention (arXiv:2510.19266)."""
         for mixer in self._mixers():
@@ -73,9 +89,8 @@ class LanguageStudent(TokenStudent):
         return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in spared}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The last hidden states (batch, tokens, width) of tokens (batch, tokens)."""
         self._reading = False
-        return self._hidden(input_ids, attention_mask)
+        return super().forward(input_ids, attention_mask)
 
     def forward_with_projections(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
@@ -86,7 +101,7 @@ class LanguageStudent(TokenStudent):
         seen: dict[int, Projections] = {}
         self._seen = seen
         try:
-            hidden = self._hidden(input_ids, attention_mask)
+            hidden = super().forward(input_ids, attention_mask)
         finally:
             self._seen = None
         if (
@@ -99,10 +114,6 @@ class LanguageStudent(TokenStudent):
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         return hidden, [(seen[layer],) for layer in range(self.num_layers)]
-
-    def _hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        backbone: Any = self.model.base_model
-        return backbone(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
     def _mixers(self) -> list[Any]:
         backbone: Any = self.model.base_model

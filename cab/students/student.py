@@ -49,13 +49,17 @@ class ImageStudent(Student):
 
 
 class TokenStudent(Student):
-    """A student that predicts the next token, by a linear head on its last hidden states."""
+    """A student that predicts the next token.
+
+    Attributes:
+        vocab_size: logits of a token.
+    """
 
     directions = 1
+    vocab_size: int
 
-    @property
-    def head(self) -> nn.Linear:
-        """Makes logits of last hidden states."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., vocabulary) of last hidden states (..., width)."""
         raise NotImplementedError
 
     def forward_with_projections(

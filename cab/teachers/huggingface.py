@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from cab.logits import logits_of
 from cab.teachers.attention_calls import ScaledDotProductCalls, WrittenOutCalls
 from cab.teachers.teacher import AttentionSink, LayerSink, Tap, Teacher
 
@@ -50,8 +51,6 @@ class HuggingFaceTeacher(Teacher):
         self.max_length: int | None = getattr(text, "max_position_embeddings", None)
         self._heads = text.num_attention_heads
         self._repeats = self._heads // (getattr(text, "num_key_value_heads", None) or self._heads)
-        self._softcap: float | None = getattr(text, "final_logit_softcapping", None)
-        self._scale = (getattr(text, "logit_scale", None) or 1.0) / (getattr(text, "logits_scaling", None) or 1.0)
         shapes = self._settle_tap()
         self.vocab_size = self._check_logits()
         query, key = shapes[0]
@@ -85,9 +84,7 @@ class HuggingFaceTeacher(Teacher):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocabulary) of last hidden states (..., width)."""
-        model: Any = self.model
-        logits = model.get_output_embeddings()(hidden) * self._scale
-        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+        return logits_of(self.model, hidden)
 
     def _settle_tap(self) -> list[tuple[torch.Size, torch.Size]]:
         """Take the first tap that shows all layers and changes nothing, and return the shapes of Q and K."""
