@@ -81,7 +81,9 @@ def plot(
     title: str,
     file: Path,
 ) -> None:
-    """Draw the run's measure and the training loss over the steps as a PNG.
+    """Draw the run's measure and the training loss that the arms share over the steps as a PNG.
+
+    The whole losses of the arms are different sums: what compares is the KL, and without a teacher the cross-entropy.
 
     Args:
         measure: of the run.
@@ -94,14 +96,15 @@ def plot(
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     score, loss = figure.subplots(1, 2)
+    shared = "kl" if any("kl" in entry for entries in metrics.values() for entry in entries) else "ce"
     for name, entries in metrics.items():
-        for axes, split, figures, scale in ((score, "test", measure.name, measure.scale), (loss, "train", "loss", 1)):
-            points = [(entry["step"], scale * entry[figures]) for entry in entries if entry["split"] == split]
-            axes.plot(*zip(*points, strict=True), label=name)
+        for axes, split, key, scale in ((score, "test", measure.name, measure.scale), (loss, "train", shared, 1)):
+            of_split = [entry for entry in entries if entry["split"] == split and key in entry]
+            axes.plot([entry["step"] for entry in of_split], [scale * entry[key] for entry in of_split], label=name)
     if teacher is not None:
         score.axhline(measure.scale * teacher, color="gray", linestyle="--", label="teacher")
     score.set(xlabel="step", ylabel=f"test {measure.name}{measure.unit}")
-    loss.set(xlabel="step", ylabel="training loss", yscale="log")
+    loss.set(xlabel="step", ylabel=f"training {shared.upper()}", yscale="log")
     score.legend()
     for axes in (score, loss):
         axes.grid(alpha=0.3)

@@ -79,7 +79,7 @@ class TaskTrainer(Trainer):
             compute_metrics=self._summarise,
             callbacks=[
                 _Advance(),
-                _Cadence(),
+                _LogBeforeSave(),
                 self.metrics,
                 _Progress(name, sys.stderr),
                 _Events(folder / "tensorboard"),
@@ -255,13 +255,11 @@ class _Advance(TrainerCallback):
         kwargs["model"].advance(state.global_step, state.max_steps)
 
 
-class _Cadence(TrainerCallback):
-    """Logs before every checkpoint, so that no part of a mean is lost in it; evaluates at the end of the run."""
+class _LogBeforeSave(TrainerCallback):
+    """Logs before every checkpoint, so that no part of a mean is lost in it."""
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        at_end = state.global_step >= state.max_steps
-        control.should_log |= control.should_save or at_end
-        control.should_evaluate |= at_end
+        control.should_log |= control.should_save
 
 
 class _Events(TensorBoardCallback):

@@ -1,6 +1,7 @@
 """The command line: a whole run in seconds, and one line and exit status 2 for whatever the user can put right."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,11 +77,8 @@ def test_resuming_takes_ended_arms_over_and_trains_what_is_missing(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (finished / "results.json").read_text()
-    for file in (finished / "cab").rglob("*"):
-        if file.is_file():
-            file.unlink()
-    for folder in sorted((finished / "cab").rglob("*"), reverse=True):
-        folder.rmdir()
+    shutil.rmtree(finished / "cab")
+    shutil.rmtree(finished / "soft-kd" / "checkpoint-2")  # not needed for an arm that has ended
     assert main(["distill", "--resume", str(finished)]) == 0
     out, err = capsys.readouterr()
     assert [line.split(":")[0] for line in err.splitlines()] == ["cab", "cab"]
@@ -260,7 +258,7 @@ def test_a_broken_image_ends_the_run_with_its_name(images: Path, capsys: pytest.
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in [name for name in sys.modules if name in ("cab.run", "cab.vision_run", "cab.build")]:
+    for name in [name for name in sys.modules if name in ("cab.vision_run", "cab.build")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "timm", None)
     assert main(["distill"]) == 2

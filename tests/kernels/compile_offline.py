@@ -22,9 +22,8 @@ CAPABILITIES = (80, 90, 100)
 
 def compile_kernel(spec: dict, capability: int) -> None:
     kernel = getattr(importlib.import_module(spec["module"]), spec["kernel"])
-    signature = {
-        name: "constexpr" if name in spec["constexprs"] else spec["signature"][name] for name in kernel.arg_names
-    }
+    types = {name: tuple(kind) if isinstance(kind, list) else kind for name, kind in spec["signature"].items()}
+    signature = {name: "constexpr" if name in spec["constexprs"] else types[name] for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=spec["constexprs"])
     triton.compile(source, target=GPUTarget("cuda", capability, 32), options=spec["options"])
 

@@ -5,159 +5,35 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
+from scan_cases import ALL, CASES, CONSTANT, GROUPED, cast, make_inputs, naive_scan, results_and_gradients
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cab_kernels import selective_scan_fn, selective_scan_ref
 
-BATCH, DIM, DSTATE = 2, 6, 3
-CONSTANT, PLAIN, GROUPED = "constant", "plain", "grouped"
 
-
-def make_inputs(
-    batch=BATCH,
-    dim=DIM,
-    length=7,
-    dstate=DSTATE,
-    *,
-    B=PLAIN,
-    C=PLAIN,
-    optional=("D", "z", "delta_bias"),
-    sequences=None,
-    dtype=torch.float64,
-    seed=0,
-) -> dict[str, torch.Tensor]:
-    """Inputs by name, all requiring gradients; ``sequences`` sizes the initial state of packed sequences."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=dtype)
-
-    def projection(kind):
-        return normal(
-            *{CONSTANT: (dim, dstate), PLAIN: (batch, dstate, length), GROUPED: (batch, 2, dstate, length)}[kind]
-        )
-
-    inputs = {
-        "u": normal(batch, dim, length),
-        "delta": normal(batch, dim, length) * 0.5,
-        "A": -normal(dim, dstate).exp(),
-        "B": projection(B),
-        "C": projection(C),
-    }
-    rest = {
-        "D": normal(dim),
-        "z": normal(batch, dim, length),
-        "delta_bias": normal(dim) * 0.1,
-        "initial_state": normal(sequences or batch, dim, dstate),
-    }
-    inputs |= {name: rest[name] for name in optional}
-    return {name: tensor.requires_grad_() for name, tensor in inputs.items()}
-
-
-def naive_scan(
-    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, initial_state=None, reverse=False
-):
-    """The formula, one number of time at a time: no grouping by chunks, no function of its own for the gradient."""
-    batch, dim, length = u.shape
-
-    def at(matrix, t):
-        if matrix.dim() == 2:
-            return matrix
-        if matrix.dim() == 3:
-            return matrix[:, None, :, t]
-        return matrix[..., t].repeat_interleave(dim // matrix.shape[1], dim=1)
-
-    h = torch.zeros(batch, dim, A.shape[1], dtype=u.dtype) if initial_state is None else initial_state
-    y = [None] * length
-    for t in reversed(range(length)) if reverse else range(length):
-        step = delta[:, :, t] if delta_bias is None else delta[:, :, t] + delta_bias
-        step = F.softplus(step) if delta_softplus else step
-        h = torch.exp(step[..., None] * A) * h + (step * u[:, :, t])[..., None] * at(B, t)
-        y[t] = (h * at(C, t)).sum(-1)
-        y[t] = y[t] if D is None else y[t] + D * u[:, :, t]
-        y[t] = y[t] if z is None else y[t] * F.silu(z[:, :, t])
-    return (torch.stack(y, -1) if length else u), h
-
-
-def gradients(results, inputs, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    loss = sum((r * torch.randn(r.shape, generator=generator, dtype=r.dtype)).sum() for r in results)
-    return dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values()), allow_unused=True), strict=True))
-
-
-ALL = ("D", "z", "delta_bias", "initial_state")
-CASES = {
-    # every option on and off at least once, B and C each of three kinds, lengths around one chunk of the definition
-    "all": {"inputs": {"optional": ALL}, "delta_softplus": True},
-    "bare": {"inputs": {"optional": ()}},
-    "reverse": {"inputs": {"optional": ALL, "length": 10}, "delta_softplus": True, "reverse": True},
-    "constant-B": {"inputs": {"B": CONSTANT, "optional": ("initial_state",)}, "delta_softplus": True},
-    "constant-C-grouped-B": {"inputs": {"B": GROUPED, "C": CONSTANT}, "reverse": True},
-    "constant-both": {"inputs": {"B": CONSTANT, "C": CONSTANT, "optional": ("z",)}, "delta_softplus": True},
-    "grouped": {"inputs": {"B": GROUPED, "C": GROUPED, "optional": ALL}, "delta_softplus": True},
-    "one-step": {"inputs": {"length": 1, "optional": ALL}, "delta_softplus": True, "reverse": True},
-    "size-one-axes": {"inputs": {"batch": 1, "dim": 1, "dstate": 1, "length": 5}},
-    "empty": {"inputs": {"length": 0, "optional": ALL}, "delta_softplus": True},
-}
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_definition_and_its_gradients_match_a_naive_loop(case):
-    options = {name: value for name, value in case.items() if name != "inputs"}
-    inputs = make_inputs(**case["inputs"])
-    got = selective_scan_ref(**inputs, **options, return_last_state=True)
-    want = naive_scan(**inputs, **options)
-    for name, g, w in zip(("out", "last_state"), got, want, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
-    got_grads, want_grads = gradients(got, inputs), gradients(want, inputs)
-    for name in inputs:
-        want_grad = torch.zeros_like(inputs[name]) if want_grads[name] is None else want_grads[name]
+@pytest.mark.parametrize(("sizes", "options"), CASES.values(), ids=CASES)
+def test_definition_and_its_gradients_match_a_naive_loop(sizes, options):
+    inputs = make_inputs(**sizes)
+    got = results_and_gradients(selective_scan_ref, inputs, options)
+    want = results_and_gradients(naive_scan, inputs, options)
+    for name in want:
         torch.testing.assert_close(
-            got_grads[name], want_grad, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"d{name}: {m}"
+            got[name], want[name], rtol=1e-10, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}"
         )
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_packed_sequences_are_scanned_each_by_itself(reverse):
-    bounds = [0, 3, 3, 4, 11]  # one empty, one of a single step
-    inputs = make_inputs(batch=1, length=11, B=GROUPED, C=CONSTANT, optional=ALL, sequences=4)
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    got = selective_scan_ref(
-        **inputs, delta_softplus=True, return_last_state=True, reverse=reverse, cu_seqlens=cu_seqlens
-    )
-    outs, states = [], []
-    for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        along_time = {name: inputs[name][..., start:end] for name in ("u", "delta", "B", "z")}
-        part = {**inputs, **along_time, "initial_state": inputs["initial_state"][i : i + 1]}
-        out, state = naive_scan(**part, delta_softplus=True, reverse=reverse)
-        outs.append(out)
-        states.append(state)
-    want = torch.cat(outs, -1), torch.cat(states)
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-    got_grads, want_grads = gradients(got, inputs), gradients(want, inputs)
-    for name in inputs:
-        torch.testing.assert_close(got_grads[name], want_grads[name], rtol=1e-9, atol=1e-11)
 
 
 GRADCHECKS = {
-    "all": {"inputs": {"optional": ALL}, "delta_softplus": True},
-    "reverse-grouped": {
-        "inputs": {"B": GROUPED, "C": GROUPED, "optional": ALL},
-        "delta_softplus": True,
-        "reverse": True,
-    },
-    "constant": {"inputs": {"B": CONSTANT, "C": CONSTANT, "optional": ALL}},
-    "packed": {
-        "inputs": {"batch": 1, "length": 5, "optional": ALL, "sequences": 3},
-        "cu_seqlens": torch.tensor([0, 2, 2, 5], dtype=torch.int32),
-    },
+    "all": ({"optional": ALL}, {"delta_softplus": True}),
+    "reverse-grouped": ({"B": GROUPED, "C": GROUPED, "optional": ALL}, {"delta_softplus": True, "reverse": True}),
+    "constant": ({"B": CONSTANT, "C": CONSTANT, "optional": ALL}, {}),
+    "packed": ({"batch": 1, "optional": ALL, "sequences": 3}, {"cu_seqlens": torch.tensor([0, 2, 2, 5]).int()}),
 }
 
 
-@pytest.mark.parametrize("case", GRADCHECKS.values(), ids=GRADCHECKS)
-def test_gradcheck(case):
-    options = {name: value for name, value in case.items() if name != "inputs"}
-    inputs = make_inputs(**{"length": 5, "dim": 2, "dstate": 2, **case["inputs"]})
+@pytest.mark.parametrize(("sizes", "options"), GRADCHECKS.values(), ids=GRADCHECKS)
+def test_gradcheck(sizes, options):
+    inputs = make_inputs(**{"length": 5, "dim": 2, "dstate": 2, **sizes})
 
     def scan(*tensors):
         return selective_scan_ref(**dict(zip(inputs, tensors, strict=True)), **options, return_last_state=True)
@@ -172,6 +48,25 @@ def test_second_derivative_raises():
         grad.sum().backward()
 
 
+class LargestResult(TorchDispatchMode):
+    """Sees every operation, backward's too, and notes the size of the largest tensor."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.numel = max([self.numel, *(tensor.numel() for tensor in tensors)])
+        return result
+
+
+def test_the_states_of_all_steps_never_exist_together():
+    inputs = make_inputs(batch=1, dim=32, dstate=32, length=400)
+    with LargestResult() as largest:
+        selective_scan_ref(**inputs, delta_softplus=True).sum().backward()
+    assert largest.numel < 32 * 32 * 400 / 4
+
+
 def test_backward_keeps_less_than_a_state_in_each_step():
     inputs = make_inputs(batch=1, dim=32, dstate=64, length=100)
     kept = []
@@ -182,31 +77,29 @@ def test_backward_keeps_less_than_a_state_in_each_step():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         selective_scan_ref(**inputs, delta_softplus=True)
-    assert sum(kept) < inputs["u"].numel() * 64 / 2
+    assert sum(kept) < 32 * 64 * 100 / 2
 
 
+@pytest.mark.parametrize("narrow", [("u", "B", "z"), ("u", "delta", "A", "B", "C", "D", "z")], ids=["some", "all"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_low_precision_is_computed_in_float32_and_rounded_once(dtype):
-    wide = make_inputs(length=33, dtype=torch.float32, optional=ALL)
-    mixed = {name: t.detach().to(dtype) if name in ("u", "B", "z") else t.detach() for name, t in wide.items()}
-    out, state = selective_scan_ref(**mixed, delta_softplus=True, return_last_state=True)
-    exact, exact_state = selective_scan_ref(
-        **{name: t.float() for name, t in mixed.items()}, delta_softplus=True, return_last_state=True
-    )
-    assert (out.dtype, state.dtype) == (dtype, torch.float32)
-    assert torch.equal(out, exact.to(dtype))
-    assert torch.equal(state, exact_state)
+def test_low_precision_is_computed_in_float32_and_rounded_once(dtype, narrow):
+    inputs = make_inputs(length=33, dtype=torch.float32, optional=("D", "z"))
+    low = cast(inputs, **dict.fromkeys(narrow, dtype))
+    got = results_and_gradients(selective_scan_ref, low, {"delta_softplus": True})
+    wide = results_and_gradients(selective_scan_ref, cast(low, others=torch.float32), {"delta_softplus": True})
+    for name in wide:
+        expected = dtype if name == "out" or name.removeprefix("d") in narrow else torch.float32
+        assert got[name].dtype == expected, name
+        assert torch.equal(got[name], wide[name].to(expected)), name
 
 
 def test_autocast_does_not_touch_the_arithmetic():
     inputs = make_inputs(dtype=torch.float32)
-    plain = selective_scan_fn(**inputs, delta_softplus=True)
+    plain = results_and_gradients(selective_scan_fn, inputs, {"delta_softplus": True})
     with torch.autocast("cpu", torch.bfloat16):
-        autocast = selective_scan_fn(**inputs, delta_softplus=True)
-        grads = gradients([autocast], inputs)
-    assert torch.equal(autocast, plain)
-    for name, grad in gradients([plain], inputs).items():
-        assert torch.equal(grads[name], grad), name
+        autocast = results_and_gradients(selective_scan_fn, inputs, {"delta_softplus": True})
+    for name in plain:
+        assert torch.equal(autocast[name], plain[name]), name
 
 
 def test_softplus_is_exact_far_from_zero_and_linear_past_the_threshold():
@@ -242,28 +135,6 @@ def test_output_takes_the_layout_of_u(layout, packed):
     got = selective_scan_ref(**inputs, cu_seqlens=cu_seqlens)
     assert got.stride() == torch.empty_like(inputs["u"]).stride()
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("empty", ["batch", "length"])
-def test_empty_inputs_give_empty_results_and_zero_gradients(empty):
-    inputs = make_inputs(**{empty: 0}, optional=ALL)
-    out, state = selective_scan_fn(**inputs, delta_softplus=True, return_last_state=True)
-    assert out.shape == inputs["u"].shape
-    assert torch.equal(state, inputs["initial_state"])
-    (out.sum() + 0 * state.sum()).backward()
-    for name, tensor in inputs.items():
-        assert torch.equal(tensor.grad, torch.zeros_like(tensor)), name
-
-
-def test_constant_b_has_the_right_last_state():
-    inputs = make_inputs(B=CONSTANT)
-    constant = selective_scan_ref(**inputs, return_last_state=True)[1]
-    spelled_out = inputs["B"].reshape(1, DIM, DSTATE, 1).expand(BATCH, DIM, DSTATE, 7)  # one group a channel
-    variable = selective_scan_ref(
-        **{**inputs, "B": spelled_out, "C": inputs["C"][:, None].expand(BATCH, DIM, DSTATE, 7)},
-        return_last_state=True,
-    )[1]
-    torch.testing.assert_close(constant, variable)
 
 
 BAD = {

@@ -1,0 +1,231 @@
+"""The Triton selective scan against its definition in float64: on a GPU, or through the interpreter in float32."""
+
+import pytest
+import torch
+from scan_cases import (
+    ALL,
+    CASES,
+    CONSTANT,
+    GROUPED,
+    PLAIN,
+    assert_within_budget,
+    cast,
+    make_inputs,
+    results_and_gradients,
+)
+from torch import Tensor
+
+from cab_kernels import _backend, selective_scan_fn, selective_scan_ref
+
+pytest.importorskip("triton")
+
+from cab_kernels.scan.kernels import selective_scan
+
+
+def triton_scan(*args, **kwargs):
+    return selective_scan_fn(*args, **kwargs, backend="triton")
+
+
+@pytest.mark.parametrize(("sizes", "options"), CASES.values(), ids=CASES)
+def test_matches_definition(sizes, options, device):
+    assert_within_budget(triton_scan, make_inputs(**sizes, dtype=torch.float32, device=device), options)
+
+
+def test_empty_inputs_give_zero_gradients(device):
+    inputs = make_inputs(batch=0, optional=ALL, dtype=torch.float32, device=device)
+    results = results_and_gradients(triton_scan, inputs, {"delta_softplus": True})
+    for name in ("dA", "dD", "ddelta_bias"):
+        assert torch.equal(results[name], torch.zeros_like(results[name])), name
+
+
+def test_constant_b_has_the_last_state_of_b_spelled_out(device):
+    inputs = make_inputs(B=CONSTANT, dtype=torch.float32, device=device)
+    constant = triton_scan(**inputs, return_last_state=True)[1]
+    every_step = {  # one group a channel
+        "B": inputs["B"][None, :, :, None].expand(2, 6, 3, 7),
+        "C": inputs["C"][:, None].expand(2, 6, 3, 7),
+    }
+    variable = triton_scan(**{**inputs, **every_step}, return_last_state=True)[1]
+    torch.testing.assert_close(constant, variable, rtol=1e-6, atol=1e-6)
+
+
+def test_softplus_is_exact_far_from_zero(device):
+    delta = torch.tensor([-80.0, -30.0, -16.7, -9.2, -1.0, 0.0, 1.0, 19.99, 20.01, 90.0], device=device)
+    delta = delta[:, None, None].requires_grad_()
+    ones = torch.ones_like(delta)
+    # After one step, with all else 1, the output is softplus(delta) and its gradient the sigmoid. The hardware's
+    # exponential of x is off by a rounding of x: 80 * 2^-24 at worst here.
+    out = triton_scan(ones, delta, -ones[0], ones, ones, delta_softplus=True)
+    out.sum().backward()
+    exact = delta.detach().double()
+    torch.testing.assert_close(out.double(), torch.log1p(torch.exp(exact)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(delta.grad.double(), torch.sigmoid(exact), rtol=1e-5, atol=0)
+
+
+HOSTILE = {
+    # steps that vanish, that are past softplus, and on both sides of where it ends
+    "delta": lambda x: x["delta"].copy_(torch.tensor([-80.0, -16.7, -9.2, 19.99, 20.01, 40.0, 0.0])),
+    # states that vanish at once
+    "very-negative-A": lambda x: x["A"].fill_(-1e4),
+    # states that grow
+    "positive-A": lambda x: x["A"].abs_().mul_(0.1),
+    # a running sum: exp(delta A) rounds to 1
+    "A-near-zero": lambda x: x["A"].fill_(-2e-9),
+    "zero-u": lambda x: x["u"].zero_(),
+    "huge-u": lambda x: x["u"].mul_(1e18),
+    # a gate that is shut, or open, and has no slope
+    "large-z": lambda x: x["z"].copy_(torch.tensor([-90.0, -30.0, -5.0, 0.0, 5.0, 30.0, 90.0])),
+}
+
+
+@pytest.mark.parametrize("spoil", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_values_stay_within_the_budget(spoil, device):
+    inputs = make_inputs(dtype=torch.float32, device=device, optional=ALL)
+    with torch.no_grad():
+        spoil(inputs)
+    assert_within_budget(triton_scan, inputs, {"delta_softplus": True})
+
+
+def surround_with_nan(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Equal views into memory that is NaN everywhere else, no two of them with the same strides."""
+    views = {}
+    for step, (name, tensor) in enumerate(inputs.items(), start=2):
+        sizes = [step * size + 2 for size in tensor.shape]
+        memory = torch.full(sizes, float("nan"), dtype=tensor.dtype, device=tensor.device)
+        view = memory[tuple(slice(1, 1 + step * size, step) for size in tensor.shape)]
+        views[name] = view.copy_(tensor.detach()).requires_grad_()
+    return views
+
+
+def as_in_a_model(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Activations stored (batch, length, channels); u and z halves of one tensor, B and C slices of another."""
+    batch, dim, length = inputs["u"].shape
+    dstate, rank = inputs["A"].shape[1], 2
+    new = dict(inputs)
+    new["delta"] = inputs["delta"].detach().mT.contiguous().mT
+    xz = torch.cat([inputs["u"], inputs["z"]], dim=1).detach().mT.contiguous().mT
+    new["u"], new["z"] = xz.split(dim, dim=1)
+    projected = torch.full((batch, length, rank + 2 * dstate), float("nan"), device=xz.device, dtype=xz.dtype)
+    _, new["B"], new["C"] = projected.mT.split([rank, dstate, dstate], dim=1)
+    new["B"].copy_(inputs["B"].detach())
+    new["C"].copy_(inputs["C"].detach())
+    return {name: tensor.detach().requires_grad_() for name, tensor in new.items()}
+
+
+LAYOUTS = {
+    "surrounded-by-nan": surround_with_nan,
+    "as-in-a-model": as_in_a_model,
+    "expanded": lambda x: {**x, "delta": x["delta"].detach()[:1, :1].expand(2, 6, 7).requires_grad_()},
+}
+
+
+@pytest.fixture
+def uninitialized_memory_is_nan():
+    """Under deterministic algorithms, torch fills what ``torch.empty`` and its like return with NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("constant", [False, True], ids=["variable", "constant"])
+@pytest.mark.usefixtures("uninitialized_memory_is_nan")
+def test_strides_are_read_in_place_and_handed_on(layout, constant, device):
+    if constant and layout is as_in_a_model:
+        pytest.skip("slices of a projection vary in time")
+    kind = CONSTANT if constant else PLAIN
+    given = layout(make_inputs(B=kind, C=kind, optional=ALL, dtype=torch.float32, device=device))
+    assert_within_budget(triton_scan, given, {"delta_softplus": True})
+    got = results_and_gradients(triton_scan, given, {"delta_softplus": True})
+    assert got["out"].stride() == torch.empty_like(given["u"]).stride()
+    for name, tensor in given.items():
+        assert got[f"d{name}"].stride() == torch.empty_like(tensor).stride(), name
+
+
+@pytest.mark.usefixtures("uninitialized_memory_is_nan")
+@pytest.mark.parametrize("sizes", [{"optional": ALL}, {"B": CONSTANT, "C": CONSTANT, "optional": ALL}], ids=str)
+def test_each_gradient_alone_is_the_same_and_the_others_are_none(sizes, device):
+    inputs = {n: t.detach() for n, t in make_inputs(**sizes, length=2, dtype=torch.float32, device=device).items()}
+    every = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+    triton_scan(**every, delta_softplus=True).sum().backward()
+    for wanted in inputs:
+        one = {name: tensor.clone().requires_grad_(name == wanted) for name, tensor in inputs.items()}
+        triton_scan(**one, delta_softplus=True).sum().backward()
+        torch.testing.assert_close(one[wanted].grad, every[wanted].grad, rtol=1e-5, atol=1e-5)
+        assert all(tensor.grad is None for name, tensor in one.items() if name != wanted)
+
+
+@pytest.mark.parametrize("through", [0, 1], ids=["out", "last_state"])
+def test_gradient_through_one_result_alone(through, device):
+    inputs = make_inputs(optional=ALL, dtype=torch.float32, device=device)
+    gradients = []
+    for scan, wide in ((triton_scan, inputs), (selective_scan_ref, cast(inputs, others=torch.float64))):
+        result = scan(**wide, return_last_state=True)[through]
+        gradients.append(torch.autograd.grad(result.sum(), list(wide.values()), allow_unused=True))
+    for name, got, want in zip(inputs, *gradients, strict=True):
+        want = torch.zeros_like(inputs[name]) if want is None else want.float()
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_second_derivative_raises(device):
+    inputs = make_inputs(dtype=torch.float32, device=device)
+    grad = torch.autograd.grad(triton_scan(**inputs).sum(), inputs["A"], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="selective_scan_backward"):
+        grad.sum().backward()
+
+
+def positional(inputs: dict[str, Tensor], cu_seqlens: Tensor | None = None) -> list[Tensor | None]:
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+    return [*(inputs.get(name) for name in names), cu_seqlens]
+
+
+# opcheck looks at the gradients of tensors that are not leaves.
+ignore_look_at_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@ignore_look_at_grad
+@pytest.mark.parametrize("last_state", [False, True])
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        make_inputs(length=2, optional=ALL, dtype=torch.float32),
+        as_in_a_model(make_inputs(length=2, B=PLAIN, dtype=torch.float32)),
+        make_inputs(length=2, B=CONSTANT, C=GROUPED, optional=(), dtype=torch.float32),
+    ],
+    ids=["all", "as-in-a-model", "constant-B"],
+)
+def test_the_op_keeps_the_rules_of_torch_library(inputs, last_state, device):
+    inputs = {name: tensor.detach().to(device).requires_grad_() for name, tensor in inputs.items()}
+    torch.library.opcheck(selective_scan, (*positional(inputs), True, True, last_state))
+
+
+@ignore_look_at_grad
+def test_the_op_keeps_the_rules_of_torch_library_for_packed_sequences(device):
+    inputs = make_inputs(batch=1, sequences=2, optional=ALL, dtype=torch.float32, device=device)
+    cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32, device=device)
+    torch.library.opcheck(selective_scan, (*positional(inputs, cu_seqlens), True, False, True))
+
+
+def test_compiles_without_a_graph_break(device, monkeypatch):
+    monkeypatch.setattr(_backend, "interpreting", lambda: not torch.cuda.is_available())  # reads what dynamo cannot
+    inputs = as_in_a_model(make_inputs(dtype=torch.float32, device=device))
+    compiled = torch.compile(triton_scan, fullgraph=True, backend="aot_eager")
+    want = results_and_gradients(triton_scan, inputs, {"delta_softplus": True})
+    got = results_and_gradients(compiled, inputs, {"delta_softplus": True})
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+        assert got[name].stride() == want[name].stride(), name
+
+
+def test_float64_is_for_the_reference(device):
+    inputs = make_inputs(device=device)
+    with pytest.raises(TypeError, match="^selective_scan_fn: expected u of dtype float32 or float16 or bfloat16, got"):
+        triton_scan(**inputs)
+
+
+def test_triton_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(_backend, "interpreting", lambda: False)
+    message = "^selective_scan_fn: expected CUDA tensors for backend 'triton', got a tensor on cpu$"
+    with pytest.raises(ValueError, match=message):
+        triton_scan(**make_inputs(dtype=torch.float32))
