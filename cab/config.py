@@ -419,6 +419,8 @@ PRESETS: Mapping[str, Variant] = types.MappingProxyType(
                 "student.width": 64,
                 "student.depth": 4,
                 "bridge.hidden": 64,
+                "bridge.targets": "standardised",
+                "loss.align": 0.1,
                 "optim.steps": 150,
                 "optim.batch_size": 16,
                 "optim.lr": 3e-3,

@@ -69,9 +69,15 @@ class Alignment:
         students = [index for index, teacher in enumerate(self.layer_map) if teacher == layer]
         directions = [direction for index in students for direction in self.projections[index]]
         if directions:
-            self._add([direction.B for direction in directions], self.key_weights[layer], self.targets.key(layer, key))
             self._add(
-                [direction.C for direction in directions], self.query_weights[layer], self.targets.query(layer, query)
+                [direction.B for direction in directions],
+                self.key_weights[layer],
+                self.targets.key(layer, key, self.mask),
+            )
+            self._add(
+                [direction.C for direction in directions],
+                self.query_weights[layer],
+                self.targets.query(layer, query, self.mask),
             )
 
     def _add(self, sources: list[Tensor], weights: BridgeWeights, target: Target) -> None:
