@@ -157,10 +157,11 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _presets(options: argparse.Namespace) -> None:
+    width = max(map(len, [*PRESETS, *ARMS])) + 2
     for title, variants in (("presets, for --preset", PRESETS), ("arms, for --set arms=NAME,NAME", ARMS)):
         print(f"{title}:")
         for name, variant in variants.items():
-            print(f"  {name:<12}{variant.help}")
+            print(f"  {name:<{width}}{variant.help}")
     print("\nevery value of a preset, with its meaning: cab distill --preset NAME --print-config")
 
 
