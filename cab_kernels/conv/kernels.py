@@ -23,6 +23,9 @@ Backward: a program owns BLOCK_DIM channels and ``blocks`` x BLOCK_RUNS runs of 
 context on both sides and ``dout`` with the context after, recomputes ``pre``, and writes its runs of ``dx`` and one
 row of ``partial``, (programs, width + 1, dim) in float32: its share of dweight and dbias. A second kernel adds the rows
 in a fixed order, so two runs give the same bits. Only the inputs are kept between the two passes.
+
+Sizes and strides are run-time values. What divides them, up to a run, is a constant (ALIGN), without which no load
+would be a vector; so a new length compiles nothing, unless it is the first odd one, say, or the first short one.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from cab_kernels import causal_conv1d_fn
 
 pytest.importorskip("triton")
 
+from cab_kernels.conv import kernels
 from cab_kernels.conv.kernels import causal_conv1d
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -137,7 +138,7 @@ def test_two_runs_give_the_same_bits(layout, device):
         assert torch.equal(value, second[name]), name
 
 
-def test_only_the_gradients_that_are_asked_for_are_computed(device):
+def test_each_gradient_alone_equals_the_definitions(device):
     inputs = make_inputs(1, 3, 9, 4, states=True, device=device)
     expected = results_and_gradients(inputs, {"activation": "silu"}, "reference")
     for name in ARGUMENTS:
@@ -146,6 +147,22 @@ def test_only_the_gradients_that_are_asked_for_are_computed(device):
         dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device)
         (gradient,) = torch.autograd.grad(out, [frozen[name]], dout)
         torch.testing.assert_close(gradient, expected[f"d{name}"], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_that_are_not_needed_are_not_computed(device, monkeypatch):
+    computed = []
+
+    def recording(*arguments):
+        gradients = kernels.causal_conv1d_bwd(*arguments)
+        computed.append([gradient.numel() for gradient in gradients])
+        return gradients
+
+    monkeypatch.setattr(kernels, "causal_conv1d_backward", recording)
+    inputs = make_inputs(1, 3, 9, 4, device=device)
+    for frozen in ("x", "weight bias"):
+        given = {name: tensor.detach().requires_grad_(name not in frozen) for name, tensor in inputs.items()}
+        causal_conv1d_fn(**given, backend="triton").sum().backward()
+    assert computed == [[0, 12, 3, 0], [27, 0, 0, 0]]
 
 
 def test_second_derivative_raises(device):
