@@ -101,6 +101,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
     parser.add_argument("--data", metavar="DIR", help="other images (a folder with train/ and val/) or another text")
+    parser.add_argument("--length", metavar="N", type=int, help="of text: windows of N tokens, also longer than learnt")
     parser.set_defaults(command=_eval)
 
 
@@ -155,7 +156,7 @@ def _eval(options: argparse.Namespace) -> None:
     from cab.report import table
     from cab.run import evaluate
 
-    print(table(*evaluate(options.run, options.data)))
+    print(table(*evaluate(options.run, options.data, options.length)))
 
 
 def _presets(options: argparse.Namespace) -> None:

@@ -231,8 +231,12 @@ class MetricsFile(TrainerCallback):
         split = "test" if "eval_loss" in logs else "train"
         named = {name.removeprefix("eval_"): value for name, value in logs.items()}
         if not math.isfinite(named["loss"]):
+            # A checkpoint is written after its step was logged: the last one is still good.
+            last = get_last_checkpoint(str(args.output_dir))
+            kept = f"; the last checkpoint before is {last}" if last else ""
             raise UserError(
-                f"expected a finite loss, got {named['loss']} at step {state.global_step}; a lower optim.lr may help"
+                f"expected a finite loss, got {named['loss']} at step {state.global_step}; "
+                f"a lower optim.lr may help{kept}"
             )
         kept = {
             name: named[name] for name in (*MEASURES, "align_weight", "learning_rate", "grad_norm") if name in named

@@ -88,6 +88,20 @@ def test_eval_measures_what_the_run_reported(finished: Path, capsys: pytest.Capt
     ]
 
 
+def test_eval_beyond_the_length_that_was_learnt(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cab.run import evaluate
+
+    _, short = evaluate(finished)
+    _, long = evaluate(finished, length=128)  # eight times the length, over the same 200 tokens
+    assert [row.name for row in long] == ["soft-kd-a0", "cab"]
+    assert all(abs(math.log(a.score / b.score)) < 0.5 and a.score != b.score for a, b in zip(short, long, strict=True))
+    (tmp_path / "other.txt").write_text("xyz " * 500)
+    assert main(["eval", str(finished), "--data", str(tmp_path / "other.txt"), "--length", "64"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
 def test_the_student_stands_alone_and_generates(finished: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(finished / "cab" / "student")
     assert type(model).__name__ == "MambaForCausalLM"
