@@ -233,10 +233,10 @@ class MetricsFile(TrainerCallback):
         if not math.isfinite(named["loss"]):
             # A checkpoint is written after its step was logged: the last one is still good.
             last = get_last_checkpoint(str(args.output_dir))
-            kept = f"; the last checkpoint before is {last}" if last else ""
+            good = f"; the last checkpoint before is {last}" if last else ""
             raise UserError(
                 f"expected a finite loss, got {named['loss']} at step {state.global_step}; "
-                f"a lower optim.lr may help{kept}"
+                f"a lower optim.lr may help{good}"
             )
         kept = {
             name: named[name] for name in (*MEASURES, "align_weight", "learning_rate", "grad_norm") if name in named
