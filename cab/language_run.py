@@ -25,7 +25,7 @@ from cab.distill.language import LanguageTask
 from cab.distill.schedule import AlignmentSchedule, Kind
 from cab.distill.targets import TargetKind
 from cab.distill.task import DistillationTask, LossWeights
-from cab.distill.token_losses import Divergence
+from cab.distill.token_losses import Divergence, DivergenceKind
 from cab.layer_map import proportional
 from cab.refusal import refused
 from cab.report import PERPLEXITY
@@ -113,7 +113,7 @@ class LanguageRun(Run):
                 weights=LossWeights(kd=loss.kl, ce=loss.ce, temperature=loss.temperature),
                 schedule=AlignmentSchedule(cast(Kind, loss.schedule), loss.align, loss.until),
                 targets=cast(TargetKind, arm.bridge.targets),
-                divergence=Divergence(),
+                divergence=Divergence(cast(DivergenceKind, loss.divergence), loss.beta, loss.top_k),
                 tokens=self.tokens.size,
             )
 

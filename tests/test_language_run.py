@@ -11,6 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from cab.cli import main
+from cab.distill.task import LossWeights
+from cab.distill.token_losses import Divergence
 
 TINY = [
     "device=cpu",
@@ -140,6 +142,17 @@ def test_mamba2_from_a_teacher_by_name(finished: Path, tmp_path: Path) -> None:
         type(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "cab" / "student")).__name__ == "Mamba2ForCausalLM"
     )
     assert rows_of(tmp_path / "run")["teacher"]["seconds"] is None
+
+
+def test_the_loss_is_that_of_the_configuration(tmp_path: Path) -> None:
+    from cab.language_run import LanguageRun
+    from cab.settings import resolve
+
+    settings = ["loss.divergence=jsd", "loss.beta=0.25", "loss.top_k=3", "loss.temperature=2", "loss.ce=0.5"]
+    run = LanguageRun(resolve("lm-local", settings=[*TINY, *settings]), tmp_path)
+    task = run.distillation_task(run.config, run.teacher_model())
+    assert task.divergence == Divergence("jsd", 0.25, 3)
+    assert task.weights == LossWeights(kd=1.0, ce=0.5, temperature=2.0)
 
 
 @pytest.mark.parametrize(
