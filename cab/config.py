@@ -430,7 +430,7 @@ PRESETS: Mapping[str, Variant] = types.MappingProxyType(
                 "data.limit": 2_000_000,
                 "data.test_tokens": 20_000,
                 "graph": False,
-                "teacher.steps": 400,
+                "teacher.steps": 300,
                 "teacher.lr": 3e-3,
                 "student.width": 64,
                 "student.depth": 4,
