@@ -264,6 +264,19 @@ def test_a_loss_that_is_no_number_ends_the_run(splits: Splits, tmp_path: Path) -
         trainer(config, splits, tmp_path).run()
 
 
+def test_the_last_good_checkpoint_is_named(splits: Splits, tmp_path: Path) -> None:
+    made = trainer(tiny("cab", "log_every=1"), splits, tmp_path)
+
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                made.model.student.head.weight.data.fill_(math.nan)
+
+    made.add_callback(Spoil())
+    with pytest.raises(UserError, match=r"got nan at step 5; .*; the last checkpoint before is .*checkpoint-3$"):
+        made.run()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refuses only where there is no GPU")
 def test_refusal_of_a_missing_gpu(splits: Splits, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^expected a CUDA GPU for device=cuda, got none$"):

@@ -39,7 +39,8 @@ class Alignment:
         projections: the student's B and C, a tuple a layer with one entry a direction.
         targets: what K and Q are turned into before they are met.
         layer_map: g, the teacher layer of each student layer; it never goes back.
-        token_index: (length,) the teacher token of each student token, -1 for none.
+        token_index: (length,) the teacher token of each student token, -1 for none; None where they are the same.
+        mask: (batch, length) bool, False where a token does not count; None where all count.
 
     Source: arXiv:2510.19266, section 3.2. There a layer has one direction; here the directions are summed.
     """
@@ -50,12 +51,14 @@ class Alignment:
         projections: Sequence[Sequence[Projections]],
         targets: TeacherTargets,
         layer_map: Sequence[int],
-        token_index: Tensor,
+        token_index: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> None:
         self.projections = projections
         self.targets = targets
         self.layer_map = layer_map
         self.token_index = token_index
+        self.mask = mask
         counts = [bridges.directions * layer_map.count(layer) for layer in range(max(layer_map) + 1)]
         self.key_weights = bridges.key.split(counts)
         self.query_weights = bridges.query.split(counts)
@@ -66,9 +69,15 @@ class Alignment:
         students = [index for index, teacher in enumerate(self.layer_map) if teacher == layer]
         directions = [direction for index in students for direction in self.projections[index]]
         if directions:
-            self._add([direction.B for direction in directions], self.key_weights[layer], self.targets.key(layer, key))
             self._add(
-                [direction.C for direction in directions], self.query_weights[layer], self.targets.query(layer, query)
+                [direction.B for direction in directions],
+                self.key_weights[layer],
+                self.targets.key(layer, key, self.mask),
+            )
+            self._add(
+                [direction.C for direction in directions],
+                self.query_weights[layer],
+                self.targets.query(layer, query, self.mask),
             )
 
     def _add(self, sources: list[Tensor], weights: BridgeWeights, target: Target) -> None:
@@ -76,6 +85,7 @@ class Alignment:
             sources,
             *weights,
             target.value,
+            mask=self.mask,
             token_index=self.token_index,
             target_mean=target.mean,
             target_rstd=target.rstd,
