@@ -39,7 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cab_kernels._backend import interpreting
-from cab_kernels.conv.device import sigmoid
+from cab_kernels.conv.device_kernels import sigmoid
 
 RUN = tl.constexpr(8)
 # The context must fit into one neighbouring run.

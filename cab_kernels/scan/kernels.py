@@ -8,17 +8,20 @@ import triton
 from torch import Tensor
 
 from cab_kernels._backend import interpreting
-from cab_kernels.scan.backward import _selective_scan_bwd_kernel, _sum_rows_kernel
-from cab_kernels.scan.forward import _pack_kernel, _selective_scan_fwd_kernel
-from cab_kernels.scan.states import _chain_kernel, _sweep_kernel
+from cab_kernels.scan.backward_kernels import _selective_scan_bwd_kernel, _sum_rows_kernel
+from cab_kernels.scan.forward_kernels import _pack_kernel, _selective_scan_fwd_kernel
+from cab_kernels.scan.states_kernels import _chain_kernel, _sweep_kernel
 
 PAD = 32  # rows of zeros after each sequence: as many as any kernel reads beyond its end
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How a warp shares out the states: see ``forward.py``. ``S`` lanes a channel, ``R`` channels a lane, ``NT`` states
-    a lane; ``PARTS`` x ``STEPS`` steps an iteration, of which a lane owns ``STEPS``."""
+    """How a warp shares out the states: see ``forward_kernels.py``.
+
+    ``S`` lanes a channel, ``R`` channels a lane, ``NT`` states a lane; ``PARTS`` x ``STEPS`` steps an iteration, of
+    which a lane owns ``STEPS``.
+    """
 
     S: int
     R: int

@@ -9,7 +9,7 @@ All spans are swept at once, and ``_chain_kernel`` puts their parts together, on
 import triton
 import triton.language as tl
 
-from cab_kernels.scan.device import (
+from cab_kernels.scan.device_kernels import (
     exponent,
     from_lane,
     jit,
@@ -20,7 +20,15 @@ from cab_kernels.scan.device import (
     store_numbers,
     take_steps,
 )
-from cab_kernels.scan.forward import channels_of, load_matrix, load_rows, row_of, sequence_of, source_lane, step_size
+from cab_kernels.scan.forward_kernels import (
+    channels_of,
+    load_matrix,
+    load_rows,
+    row_of,
+    sequence_of,
+    source_lane,
+    step_size,
+)
 
 
 @triton.jit

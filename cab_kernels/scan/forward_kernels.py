@@ -22,7 +22,7 @@ bounds this kernel, and then the exponentials.
 import triton
 import triton.language as tl
 
-from cab_kernels.scan.device import (
+from cab_kernels.scan.device_kernels import (
     exponent,
     fold_states,
     from_lane,

@@ -17,7 +17,7 @@ in registers, with their decays, while the iteration is walked back.
 import triton
 import triton.language as tl
 
-from cab_kernels.scan.device import (
+from cab_kernels.scan.device_kernels import (
     exponent,
     fold_halves,
     fold_permuted,
@@ -35,7 +35,7 @@ from cab_kernels.scan.device import (
     store_steps,
     take_steps,
 )
-from cab_kernels.scan.forward import channels_of, row_of, sequence_of, source_lane, step_size
+from cab_kernels.scan.forward_kernels import channels_of, row_of, sequence_of, source_lane, step_size
 
 
 @triton.jit
