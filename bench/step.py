@@ -22,25 +22,25 @@ from _machine import describe_machine
 
 import cab.students.vim  # noqa: F401  (registers the students)
 from cab.bridge import Bridges
-from cab.distill.task import DistillationTask
+from cab.distill.vision import VisionTask
 from cab.graphed import GraphedStep
 from cab.teachers.timm import TimmTeacher
 
 WARMUP, STEPS = 5, 20
 
 
-def make_task(student_name: str, teacher_name: str, align: bool) -> DistillationTask:
+def make_task(student_name: str, teacher_name: str, align: bool) -> VisionTask:
     student = timm.create_model(student_name, a_init="zero")
     teacher = TimmTeacher(timm.create_model(teacher_name))
-    layers, width = len(student.layers), (teacher.key_width, teacher.query_width)
+    layers, width = student.num_layers, (teacher.key_width, teacher.query_width)
     bridges = Bridges(layers, student.directions, student.d_state, 128, *width) if align else None
-    return DistillationTask(student, teacher, bridges).cuda().train()
+    return VisionTask(student, teacher, bridges).cuda().train()
 
 
 class Step:
     """A training step on one batch of noise, callable again and again."""
 
-    def __init__(self, task: DistillationTask, batch: int, dtype: torch.dtype, graph: bool) -> None:
+    def __init__(self, task: VisionTask, batch: int, dtype: torch.dtype, graph: bool) -> None:
         self.task = task
         self.dtype = dtype
         self.optimizer = torch.optim.AdamW(task.parameters(), lr=1e-4, fused=True)

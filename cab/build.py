@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,23 +13,20 @@ from torch import nn
 
 import cab.students.vim  # noqa: F401  registers the students with timm
 from cab.bridge import Bridges
-from cab.config import Config, TeacherConfig, UserError
+from cab.config import TeacherConfig, UserError, VisionConfig
 from cab.distill.schedule import AlignmentSchedule, Kind
 from cab.distill.targets import TargetKind
-from cab.distill.task import DistillationTask, LossWeights
-from cab.students.student import Student
+from cab.distill.task import LossWeights
+from cab.distill.vision import VisionTask
+from cab.refusal import refused
+from cab.students.student import ImageStudent
 from cab.teachers.timm import TimmTeacher
 
 _SHAPE_OF_TEACHER = ("patch_size", "embed_dim", "depth", "num_heads")
 _SHAPE_OF_STUDENT = ("patch_size", "embed_dim", "depth", "d_state")
 
 
-def needs_teacher(config: Config) -> bool:
-    """Whether the loss of this configuration has a term that a teacher provides."""
-    return bool(config.loss.kl) or config.bridge.enabled
-
-
-def teacher_model(config: Config, classes: int, weights: Path | None = None) -> nn.Module:
+def teacher_model(config: VisionConfig, classes: int, weights: Path | None = None) -> nn.Module:
     """The timm model that teaches.
 
     Args:
@@ -64,7 +59,7 @@ def teacher_model(config: Config, classes: int, weights: Path | None = None) -> 
     return model
 
 
-def student_model(config: Config, classes: int) -> Student:
+def student_model(config: VisionConfig, classes: int) -> ImageStudent:
     """The student with new weights: with one seed the same for every arm, but for A where the arms differ in it."""
     student = config.student
     names = timm.list_models(module="vim")
@@ -82,29 +77,29 @@ def student_model(config: Config, classes: int) -> Student:
     )
 
 
-def distillation_task(config: Config, teacher: nn.Module | None, classes: int) -> DistillationTask:
+def distillation_task(config: VisionConfig, teacher: nn.Module | None, classes: int) -> VisionTask:
     """Student, teacher and bridges of one arm.
 
     Args:
         config: of the arm.
-        teacher: from :func:`teacher_model`; None where :func:`needs_teacher` says so.
+        teacher: from :func:`teacher_model`; None where no loss needs one.
         classes: of the data.
     """
     student = student_model(config, classes)
     loss = config.loss
-    with _refused():
+    with refused():
         tapped = TimmTeacher(teacher) if teacher is not None else None
         bridges = None
         if tapped is not None and config.bridge.enabled:
             bridges = Bridges(
-                layers=len(student.layers),
+                layers=student.num_layers,
                 directions=student.directions,
                 d_state=student.d_state,
                 hidden=config.bridge.hidden,
                 key_width=tapped.key_width,
                 query_width=tapped.query_width,
             )
-        return DistillationTask(
+        return VisionTask(
             student,
             tapped,
             bridges,
@@ -114,9 +109,9 @@ def distillation_task(config: Config, teacher: nn.Module | None, classes: int) -
         )
 
 
-def supervised_task(model: nn.Module) -> DistillationTask:
+def supervised_task(model: nn.Module) -> VisionTask:
     """A task that trains or measures a model on the labels alone."""
-    return DistillationTask(cast(Student, model), weights=LossWeights(kd=0.0, ce=1.0))
+    return VisionTask(cast(ImageStudent, model), weights=LossWeights(kd=0.0, ce=1.0))
 
 
 def _create(name: str, key: str, image_size: int, shape: dict[str, int | None], **options: Any) -> Any:
@@ -130,7 +125,7 @@ def _create(name: str, key: str, image_size: int, shape: dict[str, int | None], 
         options["img_size"] = image_size
         options["pretrained_cfg_overlay"] = {"input_size": (3, image_size, image_size)}
     wanted = "".join(f", {option}={value}" for option, value in given.items())
-    with _refused(f"expected {key}={name} to take images of {image_size} x {image_size} pixels{wanted}"):
+    with refused(f"expected {key}={name} to take images of {image_size} x {image_size} pixels{wanted}"):
         return timm.create_model(name, **given, **options)
 
 
@@ -139,15 +134,5 @@ def _load(model: nn.Module, file: Path, teacher: TeacherConfig) -> None:
         raise UserError(f"expected teacher.weights to be a .safetensors file, got {file}")
     if not file.is_file():
         raise UserError(f"expected a file with the teacher's weights, got no file {file}")
-    with _refused(f"expected the weights of {teacher.name} in {file}"):
+    with refused(f"expected the weights of {teacher.name} in {file}"):
         model.load_state_dict(safetensors.torch.load_file(file))
-
-
-@contextmanager
-def _refused(expected: str = "") -> Iterator[None]:
-    """Turns what a model's code says against names and numbers of the user into one line for the user."""
-    try:
-        yield
-    except (ValueError, RuntimeError, TypeError, AssertionError, OSError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{expected}, got: {reason}" if expected else reason) from error

@@ -15,11 +15,10 @@ from typing import NoReturn
 from cab.config import ARMS, PRESETS, UserError
 from cab.settings import of_run, resolve, to_yaml
 
-# What the extra "vision" brings; a missing one is the user's to install, any other import error is ours.
-_EXTRA = {"accelerate", "matplotlib", "safetensors", "sklearn", "tensorboard", "timm", "torchvision", "tqdm"} | {
-    "transformers",
-    "yaml",
-}
+# What the extras "vision" and "language" bring; a missing one is the user's to install, any other import error is ours.
+_VISION = {"sklearn", "timm", "torchvision"}
+_LANGUAGE = {"datasets", "pyarrow"}
+_BOTH = {"accelerate", "matplotlib", "safetensors", "tensorboard", "tqdm", "transformers", "yaml"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,9 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _line(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
-        if (error.name or "").partition(".")[0] not in _EXTRA:
+        package = (error.name or "").partition(".")[0]
+        if package not in _VISION | _LANGUAGE | _BOTH:
             raise error
-        return f"expected the packages of cab-kernels[vision], got no module {error.name!r}"
+        extra = "language" if package in _LANGUAGE else "vision" if package in _VISION else "vision] or [language"
+        return f"expected the packages of cab-kernels[{extra}], got no module {error.name!r}"
     # A process that loads images hands its error over with its traceback around the message.
     return " ".join(str(error).rpartition("UserError: ")[2].split())
 
@@ -97,7 +98,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         description="Measure the students of a run on its test split. A student needs neither teacher nor bridges.",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
-    parser.add_argument("--data", metavar="DIR", help="another folder with train/ and val/ for the images")
+    parser.add_argument("--data", metavar="DIR", help="other images (a folder with train/ and val/) or another text")
     parser.set_defaults(command=_eval)
 
 
@@ -152,7 +153,7 @@ def _eval(options: argparse.Namespace) -> None:
     from cab.report import table
     from cab.run import evaluate
 
-    print(table(evaluate(options.run, options.data)))
+    print(table(*evaluate(options.run, options.data)))
 
 
 def _presets(options: argparse.Namespace) -> None:

@@ -146,6 +146,70 @@ class StudentConfig(Section):
 
 
 @dataclass(frozen=True)
+class TextConfig(Section):
+    """Which text the student reads, and in what pieces."""
+
+    _prefix = "data."
+
+    name: str = _option(
+        "files", "python (its standard library, on every machine) or files", choices=("python", "files")
+    )
+    path: str | None = _option(
+        None, "for files: a text, .jsonl or .parquet file, a folder of such files, or a saved Hugging Face data set"
+    )
+    field: str = _option("text", "the field or column of .jsonl, .parquet and data sets that holds the text")
+    tokenizer: str = _option(
+        "teacher", "bytes, teacher (the teacher's own), or a Hugging Face tokenizer by name or path"
+    )
+    length: int = _option(1024, "tokens of a sequence", at_least=2)
+    boundaries: str = _option(
+        "crossed",
+        "crossed (documents follow one another in a sequence) or kept (a sequence ends with its document)",
+        choices=("crossed", "kept"),
+    )
+    limit: int | None = _option(None, "characters to read at most; all where none", at_least=1)
+    held_out: float = _option(0.05, "share of the documents for the test", above=0, at_most=0.5)
+    test_tokens: int | None = _option(None, "of the held-out text, to be tested on at most; all where none", at_least=1)
+    workers: int = _option(0, "processes that load sequences; 0 loads in the training process", at_least=0)
+    seed: int = _option(0, "draws the documents for the test; the same for every arm", at_least=0)
+
+
+@dataclass(frozen=True)
+class DecoderConfig(Section):
+    """The frozen Transformer: any causal language model of transformers whose attention layers expose Q and K."""
+
+    _prefix = "teacher."
+
+    name: str | None = _option(None, "a Hugging Face model by name or path; none builds a small Llama of this size")
+    width: int = _option(128, "of the small Llama", at_least=1)
+    depth: int = _option(4, "of the small Llama: layers", at_least=1)
+    heads: int = _option(4, "of the small Llama", at_least=1)
+    key_heads: int = _option(2, "of the small Llama: heads of K and V", at_least=1)
+    dtype: str = _option(
+        "auto", "of the teacher's weights: auto (as published)", choices=("auto", "float32", "bfloat16")
+    )
+    steps: int = _option(0, "steps of training on the training text, before distillation", at_least=0)
+    lr: float = _option(1e-3, "learning rate of those steps", above=0)
+
+
+@dataclass(frozen=True)
+class MambaConfig(Section):
+    """The student: a Mamba or Mamba-2 language model of transformers."""
+
+    _prefix = "student."
+
+    name: str = _option("mamba", "mamba or mamba2", choices=("mamba", "mamba2"))
+    a_init: str = _option("zero", "zero: decay near 1, linear attention; s4d: Mamba's default", choices=("zero", "s4d"))
+    width: int = _option(768, "of the residual stream", at_least=1)
+    depth: int = _option(24, "layers", at_least=1)
+    d_state: int = _option(16, "states of a channel, N; 64 to 128 are usual for mamba2", at_least=1)
+    expand: int = _option(2, "channels of the scan over the width", at_least=1)
+    head_dim: int = _option(64, "of mamba2: channels that share a decay", at_least=1)
+    groups: int = _option(1, "of mamba2: sets of B and C", at_least=1)
+    from_teacher: bool = _option(False, "start from the teacher's weights where shapes allow")
+
+
+@dataclass(frozen=True)
 class BridgeConfig(Section):
     """The MLPs from the student's B and C to the teacher's K and Q."""
 
@@ -186,10 +250,12 @@ class OptimConfig(Section):
     _prefix = "optim."
 
     steps: int = _option(20_000, "optimiser steps", at_least=1)
-    batch_size: int = _option(64, "images a forward pass on one device", at_least=1)
+    batch_size: int = _option(64, "images or sequences a forward pass on one device", at_least=1)
     accumulation: int = _option(1, "forward passes a step", at_least=1)
     lr: float = _option(5e-4, "peak learning rate", above=0)
-    weight_decay: float = _option(0.05, "spares A_log, D, biases, norms, position embeddings and tokens", at_least=0)
+    weight_decay: float = _option(
+        0.05, "spares A_log, D, biases, norms, position embeddings and class tokens", at_least=0
+    )
     warmup: float = _option(0.05, "share of the steps", at_least=0, at_most=1)
     clip: float = _option(1.0, "largest norm of the gradient; 0 does not clip", at_least=0)
 
@@ -209,9 +275,6 @@ class Config(Section):
     log_every: int = _option(50, "steps between two entries of the training losses", at_least=1)
     eval_every: int = _option(1000, "steps between two evaluations", at_least=1)
     save_every: int = _option(1000, "steps between two checkpoints", at_least=1)
-    data: DataConfig = DataConfig()
-    teacher: TeacherConfig = TeacherConfig()
-    student: StudentConfig = StudentConfig()
     bridge: BridgeConfig = BridgeConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
@@ -224,6 +287,23 @@ class Config(Section):
             known_name(arm, ARMS, "arm")
         if len(set(self.arms)) < len(self.arms):
             raise UserError(f"expected each arm once, got {', '.join(self.arms)}")
+        aligned_to_the_end = self.bridge.enabled and self.loss.align and self.loss.schedule == "constant"
+        if not self.loss.kl and not self.loss.ce and not aligned_to_the_end:
+            raise UserError("expected loss.kl, loss.ce or a constant loss.align above 0, got nothing to learn from")
+        if self.loss.schedule == "adaptive" and self.bridge.enabled and not self.loss.kl:
+            raise UserError("expected loss.kl above 0 for loss.schedule=adaptive, which compares with it, got 0.0")
+
+
+@dataclass(frozen=True)
+class VisionConfig(Config):
+    """One run on images."""
+
+    data: DataConfig = DataConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = StudentConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for key, patch_size in (("teacher", self.teacher.patch_size), ("student", self.student.patch_size)):
             if patch_size and self.data.image_size % patch_size:
                 raise UserError(
@@ -232,21 +312,38 @@ class Config(Section):
                 )
         if self.data.name == "folder" and self.data.root is None:
             raise UserError("expected data.root, a folder with train/CLASS and val/CLASS, got none")
-        aligned_to_the_end = self.bridge.enabled and self.loss.align and self.loss.schedule == "constant"
-        if not self.loss.kl and not self.loss.ce and not aligned_to_the_end:
-            raise UserError("expected loss.kl, loss.ce or a constant loss.align above 0, got nothing to learn from")
-        if self.loss.schedule == "adaptive" and self.bridge.enabled and not self.loss.kl:
-            raise UserError("expected loss.kl above 0 for loss.schedule=adaptive, which compares with it, got 0.0")
         if not (self.teacher.pretrained or self.teacher.weights or self.teacher.steps):
             raise UserError("expected teacher.pretrained, teacher.weights or teacher.steps, got a teacher without any")
 
 
 @dataclass(frozen=True)
+class LanguageConfig(Config):
+    """One run on text."""
+
+    data: TextConfig = TextConfig()
+    teacher: DecoderConfig = DecoderConfig()
+    student: MambaConfig = MambaConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.name == "files" and self.data.path is None:
+            raise UserError("expected data.path, a file or folder with text, got none")
+        if self.teacher.name is None and not self.teacher.steps:
+            raise UserError("expected teacher.name, or teacher.steps to train a teacher on the text, got neither")
+        if self.data.tokenizer == "teacher" and self.teacher.name is None:
+            raise UserError("expected data.tokenizer=bytes or a tokenizer's name without teacher.name, got 'teacher'")
+
+
+RunConfig = VisionConfig | LanguageConfig
+
+
+@dataclass(frozen=True)
 class Variant:
-    """A named set of values, with the line that explains it."""
+    """A named set of values, with the line that explains it; a preset also says what kind of run they are for."""
 
     help: str
     overrides: Mapping[str, Any]
+    kind: type[VisionConfig] | type[LanguageConfig] = VisionConfig
 
 
 ARMS: Mapping[str, Variant] = types.MappingProxyType(
@@ -303,6 +400,41 @@ PRESETS: Mapping[str, Variant] = types.MappingProxyType(
         ),
         "vision": Variant(
             "a folder of images, a pretrained timm ViT as teacher, Vim-Tiny at 224 x 224; needs data.root and a GPU", {}
+        ),
+        "lm-local": Variant(
+            "Python's standard library as text, byte by byte; a small Llama trained on the spot teaches a small Mamba",
+            {
+                "arms": ("soft-kd", "soft-kd-a0", "cab"),
+                "log_every": 10,
+                "eval_every": 100,
+                "save_every": 100,
+                "data.name": "python",
+                "data.tokenizer": "bytes",
+                "data.length": 128,
+                "data.limit": 2_000_000,
+                "data.test_tokens": 20_000,
+                "graph": False,
+                "teacher.steps": 400,
+                "teacher.lr": 3e-3,
+                "student.width": 64,
+                "student.depth": 4,
+                "bridge.hidden": 64,
+                "optim.steps": 150,
+                "optim.batch_size": 16,
+                "optim.lr": 3e-3,
+            },
+            LanguageConfig,
+        ),
+        "lm": Variant(
+            "a Hugging Face decoder teaches a Mamba of 130 M parameters; needs teacher.name, data.path and a GPU",
+            {
+                "graph": False,
+                "optim.batch_size": 8,
+                "optim.weight_decay": 0.1,
+                "loss.schedule": "until",
+                "loss.until": 0.1,
+            },
+            LanguageConfig,
         ),
     }
 )

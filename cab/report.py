@@ -7,34 +7,56 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 
+class Measure(NamedTuple):
+    """By what the students of a run are compared.
+
+    Attributes:
+        name: of the measure.
+        form: how its figures are written.
+        scale: of its axis: figures are drawn times this.
+        unit: of its axis.
+        samples: what the data consist of.
+    """
+
+    name: str
+    form: str
+    scale: float
+    unit: str
+    samples: str
+
+
+ACCURACY = Measure("accuracy", ".1%", 100, " (%)", "images")
+PERPLEXITY = Measure("perplexity", ".3f", 1, "", "sequences")
+
+
 class Row(NamedTuple):
     """One line of the table; None where there is no such figure.
 
     Attributes:
         name: the arm, or "teacher".
-        accuracy: on the test split.
+        score: the run's measure, on the test split.
         alignment: the alignment loss on the test split.
         seconds: of training.
-        images_per_second: of training.
+        samples_per_second: of training.
     """
 
     name: str
-    accuracy: float
+    score: float
     alignment: float | None = None
     seconds: float | None = None
-    images_per_second: float | None = None
+    samples_per_second: float | None = None
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(measure: Measure, rows: Sequence[Row]) -> str:
     """The rows as aligned text; '-' where an arm has no such figure."""
-    header = ("arm", "accuracy", "alignment loss", "seconds", "images/s")
+    header = ("arm", measure.name, "alignment loss", "seconds", f"{measure.samples}/s")
     lines = [header] + [
         (
             row.name,
-            f"{row.accuracy:.1%}",
+            format(row.score, measure.form),
             _figure(row.alignment, ".4f"),
             _figure(row.seconds, ".1f"),
-            _figure(row.images_per_second, ",.0f"),
+            _figure(row.samples_per_second, ",.0f"),
         )
         for row in rows
     ]
@@ -52,32 +74,39 @@ def _figure(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def plot(metrics: Mapping[str, Sequence[Mapping[str, Any]]], teacher: float | None, title: str, file: Path) -> None:
-    """Draw accuracy and the training loss that the arms share over the steps as a PNG.
+def plot(
+    measure: Measure,
+    metrics: Mapping[str, Sequence[Mapping[str, Any]]],
+    teacher: float | None,
+    title: str,
+    file: Path,
+) -> None:
+    """Draw the run's measure and the training loss that the arms share over the steps as a PNG.
 
     The whole losses of the arms are different sums: what compares is the KL, and without a teacher the cross-entropy.
 
     Args:
+        measure: of the run.
         metrics: the entries of each arm's ``metrics.jsonl``.
-        teacher: the teacher's accuracy, drawn as a level; None where there was no teacher.
+        teacher: the teacher's score, drawn as a level; None where there was no teacher.
         title: of the figure.
         file: where the PNG goes.
     """
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    accuracy, loss = figure.subplots(1, 2)
+    score, loss = figure.subplots(1, 2)
     shared = "kl" if any("kl" in entry for entries in metrics.values() for entry in entries) else "ce"
     for name, entries in metrics.items():
-        for axes, split, measure, scale in ((accuracy, "test", "accuracy", 100), (loss, "train", shared, 1)):
-            of_split = [entry for entry in entries if entry["split"] == split and measure in entry]
-            axes.plot([entry["step"] for entry in of_split], [scale * entry[measure] for entry in of_split], label=name)
+        for axes, split, key, scale in ((score, "test", measure.name, measure.scale), (loss, "train", shared, 1)):
+            of_split = [entry for entry in entries if entry["split"] == split and key in entry]
+            axes.plot([entry["step"] for entry in of_split], [scale * entry[key] for entry in of_split], label=name)
     if teacher is not None:
-        accuracy.axhline(100 * teacher, color="gray", linestyle="--", label="teacher")
-    accuracy.set(xlabel="step", ylabel="test accuracy (%)")
+        score.axhline(measure.scale * teacher, color="gray", linestyle="--", label="teacher")
+    score.set(xlabel="step", ylabel=f"test {measure.name}{measure.unit}")
     loss.set(xlabel="step", ylabel=f"training {shared.upper()}", yscale="log")
-    accuracy.legend()
-    for axes in (accuracy, loss):
+    score.legend()
+    for axes in (score, loss):
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(file, dpi=150)

@@ -1,8 +1,8 @@
 """A run: the data, the teacher, each arm in turn, and the folder in which all of it stays.
 
-The folder holds ``config.yaml``, ``index.json`` (the student's images), ``teacher.safetensors`` where the teacher was
-trained on the spot, ``results.json``, ``curves.png``, and a folder for each arm: ``metrics.jsonl``, TensorBoard events,
-the last checkpoint, and at the end ``student.safetensors``, without the bridges, and ``result.json``.
+The folder holds ``config.yaml``, the teacher where it was trained on the spot, ``results.json``, ``curves.png``, and a
+folder for each arm: ``metrics.jsonl``, TensorBoard events, the last checkpoint, and at the end the student, without the
+bridges, and ``result.json``. ``vision_run`` and ``language_run`` say what data and models are.
 """
 
 from __future__ import annotations
@@ -11,29 +11,27 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
-import safetensors.torch
 import torch
 from torch import nn
+from torch.utils.data import Dataset, default_collate
 
-from cab.build import distillation_task, needs_teacher, student_model, supervised_task, teacher_model
-from cab.config import Config, UserError
-from cab.data.subset import write_index
-from cab.data.vision import Splits, load
-from cab.report import Row, plot, table
+from cab.config import LanguageConfig, RunConfig, UserError
+from cab.distill.task import DistillationTask
+from cab.report import Measure, Row, plot, table
 from cab.settings import CONFIG, of_arm, of_run, to_yaml
 from cab.trainer import METRICS, TaskTrainer, read_metrics
 
 RESULT = "result.json"
-STUDENT = "student.safetensors"
-TEACHER = "teacher.safetensors"
 
 Say = Callable[[str], None]
 
 
-def distill(config: Config, folder: Path, say: Say) -> list[Row]:
+def distill(config: RunConfig, folder: Path, say: Say) -> list[Row]:
     """Train every arm of the run and report; goes on where a run in ``folder`` was interrupted.
 
     Args:
@@ -47,110 +45,184 @@ def distill(config: Config, folder: Path, say: Say) -> list[Row]:
     Raises:
         UserError: something in the configuration or in the data cannot be used.
     """
-    splits = load(config.data)
-    arms = {name: of_arm(config, name) for name in config.arms}
-    _check(config, arms, splits)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(to_yaml(config))
-    write_index(folder / "index.json", splits.names, splits.labels, splits.classes, splits.chosen)
-    say(f"student sees {len(splits.chosen)} of {len(splits.names)} training images, tested on {len(splits.test)}")
-    rows = []
-    teacher = None
-    if any(map(needs_teacher, arms.values())):
-        row, teacher = _teacher(config, splits, folder)
-        rows.append(row)
-    for name, arm in arms.items():
-        rows.append(_arm(name, arm, teacher, splits, folder / name))
-    _report(config, rows, folder, say)
-    return rows
+    return _run(config, folder).distill(say)
 
 
-def evaluate(folder: Path, data: str | None = None) -> list[Row]:
+def evaluate(folder: Path, data: str | None = None) -> tuple[Measure, list[Row]]:
     """Measure the students of a run on the test split, and return a row for each.
 
     Args:
         folder: of the run.
-        data: takes the place of the configuration's ``data.root``.
+        data: takes the place of the configuration's ``data.root`` or ``data.path``.
 
     Raises:
         UserError: not the folder of a run, or no arm of it has ended.
     """
-    config = of_run(folder)
+    config: Any = of_run(folder)
     if data is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=data))
-    splits = load(config.data)
-    rows = []
-    for name in config.arms:
-        file = folder / name / STUDENT
-        if file.is_file():
-            student = student_model(of_arm(config, name), len(splits.classes))
-            student.load_state_dict(safetensors.torch.load_file(file))
-            rows.append(Row(name, _accuracy(student, config, splits, folder / name)))
-    if not rows:
-        raise UserError(f"expected a trained student in {folder}, got none; cab distill --resume {folder} goes on")
-    return rows
+        source = "path" if isinstance(config, LanguageConfig) else "root"
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, **{source: data}))
+    run = _run(config, folder)
+    return run.measure, run.evaluate()
 
 
-def _check(config: Config, arms: dict[str, Config], splits: Splits) -> None:
-    """Build every arm once and show it an image, so that what does not fit is said before anything is trained."""
-    classes = len(splits.classes)
-    images = splits.train[0]["images"][None]
-    for arm in arms.values():
-        teacher = teacher_model(config, classes) if needs_teacher(arm) else None
-        with torch.no_grad():
-            distillation_task(arm, teacher, classes).eval()(images, torch.tensor([0]))
+def _run(config: RunConfig, folder: Path) -> Run:
+    if isinstance(config, LanguageConfig):
+        from cab.language_run import LanguageRun
+
+        return LanguageRun(config, folder)
+    from cab.vision_run import VisionRun
+
+    return VisionRun(config, folder)
 
 
-def _teacher(config: Config, splits: Splits, folder: Path) -> tuple[Row, nn.Module]:
-    """The teacher's row and the teacher, trained on the full training split first where the run asks for that."""
-    classes = len(splits.classes)
-    file, result = folder / TEACHER, folder / "teacher" / RESULT
-    if result.is_file():
-        return Row(**json.loads(result.read_text())), teacher_model(config, classes, file if file.is_file() else None)
-    model = teacher_model(config, classes)
-    if config.teacher.steps:
-        optim = dataclasses.replace(config.optim, steps=config.teacher.steps, lr=config.teacher.lr)
-        plan = dataclasses.replace(config, optim=optim)
-        trainer = TaskTrainer(supervised_task(model), plan, folder / "teacher", splits.full, splits.test, "teacher")
-        outcome = trainer.run(resume=True)
-        safetensors.torch.save_file(model.cpu().state_dict(), file)
-        row = Row("teacher", outcome.test["accuracy"], None, outcome.seconds, outcome.images_per_second)
-    else:
-        row = Row("teacher", _accuracy(model, config, splits, folder / "teacher"))
-    result.write_text(json.dumps(row._asdict()) + "\n")
-    return row, model
+def needs_teacher(config: RunConfig) -> bool:
+    """Whether the loss of this configuration has a term that a teacher provides."""
+    return bool(config.loss.kl) or config.bridge.enabled
 
 
-def _arm(name: str, config: Config, teacher: nn.Module | None, splits: Splits, folder: Path) -> Row:
-    if (folder / RESULT).is_file():
-        return Row(**json.loads((folder / RESULT).read_text()))
-    task = distillation_task(config, teacher if needs_teacher(config) else None, len(splits.classes))
-    outcome = TaskTrainer(task, config, folder, splits.train, splits.test, name).run(resume=True)
-    safetensors.torch.save_file(task.student.cpu().state_dict(), folder / STUDENT)
-    row = Row(name, outcome.test["accuracy"], outcome.test.get("align"), outcome.seconds, outcome.images_per_second)
-    (folder / RESULT).write_text(json.dumps(row._asdict()) + "\n")
-    return row
+class Run(ABC):
+    """One run in its folder, of whatever kind.
 
+    Args:
+        config: of the run.
+        folder: of the run.
 
-def _accuracy(model: nn.Module, config: Config, splits: Splits, folder: Path) -> float:
-    return TaskTrainer(supervised_task(model), config, folder, splits.train, splits.test).evaluate()["eval_accuracy"]
+    Attributes:
+        measure: by which students are compared.
+        full: the whole training split, for a teacher that is trained on the spot.
+        train: the student's part of it.
+        test: what is evaluated.
+    """
 
+    measure: ClassVar[Measure]
+    full: Dataset[Any]
+    train: Dataset[Any]
+    test: Dataset[Any]
 
-def _report(config: Config, rows: list[Row], folder: Path, say: Say) -> None:
-    accuracy = {row.name: row.accuracy for row in rows}
-    results = {"rows": [row._asdict() for row in rows], "environment": _environment()}
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    metrics = {name: read_metrics(folder / name / METRICS) for name in config.arms}
-    title = f"{config.preset}: {config.student.name} taught by {config.teacher.name}"
-    plot(metrics, accuracy.get("teacher"), title, folder / "curves.png")
-    say("")
-    say(table(rows))
-    say("")
-    say(f"learning curves: {folder / 'curves.png'}")
-    say(f"configuration, metrics, events and weights: {folder}")
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self.config = config
+        self.folder = folder
+
+    @abstractmethod
+    def describe(self) -> str:
+        """A line about the data; what must be kept of them is written to the folder."""
+
+    @abstractmethod
+    def teacher_model(self, trained: bool = False) -> nn.Module:
+        """The model that teaches, ``trained`` on the spot if it has been, else as the configuration says."""
+
+    @abstractmethod
+    def save_teacher(self, model: nn.Module) -> None:
+        """Keep a teacher that was trained on the spot."""
+
+    @abstractmethod
+    def distillation_task(self, arm: Any, teacher: nn.Module | None) -> DistillationTask:
+        """Student, teacher and bridges of one arm; ``teacher`` is None where :func:`needs_teacher` says so."""
+
+    @abstractmethod
+    def supervised_task(self, model: nn.Module) -> DistillationTask:
+        """A task that trains or measures a model on the data alone."""
+
+    @abstractmethod
+    def save_student(self, task: DistillationTask, folder: Path) -> None:
+        """Keep the student of an arm, without the bridges."""
+
+    @abstractmethod
+    def load_student(self, arm: Any, folder: Path) -> nn.Module | None:
+        """What :meth:`save_student` has kept, None where the arm has not ended."""
+
+    def distill(self, say: Say) -> list[Row]:
+        arms = {name: of_arm(self.config, name) for name in self.config.arms}
+        self._check(arms)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / CONFIG).write_text(to_yaml(self.config))
+        say(self.describe())
+        rows = []
+        teacher = None
+        if any(map(needs_teacher, arms.values())):
+            row, teacher = self._teacher()
+            rows.append(row)
+        for name, arm in arms.items():
+            rows.append(self._arm(name, arm, teacher))
+        self._report(rows, say)
+        return rows
+
+    def evaluate(self) -> list[Row]:
+        rows = []
+        for name in self.config.arms:
+            student = self.load_student(of_arm(self.config, name), self.folder / name)
+            if student is not None:
+                rows.append(Row(name, self._measured(student, self.folder / name)))
+        if not rows:
+            raise UserError(
+                f"expected a trained student in {self.folder}, got none; cab distill --resume {self.folder} goes on"
+            )
+        return rows
+
+    def _check(self, arms: dict[str, RunConfig]) -> None:
+        """Build every arm once and show it a sample, so that what does not fit is said before anything is trained."""
+        sample = default_collate([self.train[0]])
+        for arm in arms.values():
+            teacher = self.teacher_model() if needs_teacher(arm) else None
+            task = self.distillation_task(arm, teacher).eval()
+            with torch.no_grad():
+                task(**sample)
+
+    def _teacher(self) -> tuple[Row, nn.Module]:
+        """The teacher's row and the teacher, trained on the full training split first where the run asks for that."""
+        config, folder = self.config, self.folder / "teacher"
+        if (folder / RESULT).is_file():
+            return Row(**json.loads((folder / RESULT).read_text())), self.teacher_model(bool(config.teacher.steps))
+        model = self.teacher_model()
+        if config.teacher.steps:
+            optim = dataclasses.replace(config.optim, steps=config.teacher.steps, lr=config.teacher.lr)
+            plan = dataclasses.replace(config, optim=optim)
+            trainer = TaskTrainer(self.supervised_task(model), plan, folder, self.full, self.test, "teacher")
+            outcome = trainer.run(resume=True)
+            self.save_teacher(model.cpu())
+            row = Row("teacher", outcome.test[self.measure.name], None, outcome.seconds, outcome.samples_per_second)
+        else:
+            row = Row("teacher", self._measured(model, folder))
+        (folder / RESULT).write_text(json.dumps(row._asdict()) + "\n")
+        return row, model
+
+    def _arm(self, name: str, config: RunConfig, teacher: nn.Module | None) -> Row:
+        folder = self.folder / name
+        if (folder / RESULT).is_file():
+            return Row(**json.loads((folder / RESULT).read_text()))
+        task = self.distillation_task(config, teacher if needs_teacher(config) else None)
+        outcome = TaskTrainer(task, config, folder, self.train, self.test, name).run(resume=True)
+        task.cpu()
+        self.save_student(task, folder)
+        score, align = outcome.test[self.measure.name], outcome.test.get("align")
+        row = Row(name, score, align, outcome.seconds, outcome.samples_per_second)
+        (folder / RESULT).write_text(json.dumps(row._asdict()) + "\n")
+        return row
+
+    def _measured(self, model: nn.Module, folder: Path) -> float:
+        trainer = TaskTrainer(self.supervised_task(model), self.config, folder, self.train, self.test)
+        return trainer.evaluate()[f"eval_{self.measure.name}"]
+
+    def _report(self, rows: list[Row], say: Say) -> None:
+        config, scores = self.config, {row.name: row.score for row in rows}
+        results = {
+            "measure": self.measure.name,
+            "rows": [row._asdict() for row in rows],
+            "environment": _environment(),
+        }
+        (self.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        metrics = {name: read_metrics(self.folder / name / METRICS) for name in config.arms}
+        title = f"{config.preset}: {config.student.name} taught by {config.teacher.name}"
+        plot(self.measure, metrics, scores.get("teacher"), title, self.folder / "curves.png")
+        say("")
+        say(table(self.measure, rows))
+        say("")
+        say(f"learning curves: {self.folder / 'curves.png'}")
+        say(f"configuration, metrics, events and weights: {self.folder}")
 
 
 def _environment() -> dict[str, str | int]:
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "timm", "transformers")}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {"python": platform.python_version(), **versions, "device": device, "threads": torch.get_num_threads()}

@@ -11,12 +11,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cab.config import ARMS, PRESETS, Config, Section, UserError, all_text, describe, known_name, nearest
+from cab.config import ARMS, PRESETS, Config, RunConfig, Section, UserError, all_text, describe, known_name, nearest
+
+AnyConfig = typing.TypeVar("AnyConfig", bound=Config)
 
 CONFIG = "config.yaml"  # the configuration in the folder of a run
 
 
-def resolve(preset: str | None = None, file: Path | None = None, settings: Iterable[str] = ()) -> Config:
+def resolve(preset: str | None = None, file: Path | None = None, settings: Iterable[str] = ()) -> RunConfig:
     """Merge a preset, a YAML file and ``key=value`` settings, the later over the earlier, into a checked Config.
 
     The preset is the one named, else the file's own ``preset`` key, else ``digits``.
@@ -28,7 +30,8 @@ def resolve(preset: str | None = None, file: Path | None = None, settings: Itera
     preset = preset or of_file.get("preset") or "digits"
     known_name(preset, PRESETS, "preset")
     of_user = dict(map(_setting, settings))
-    config = _build({**PRESETS[preset].overrides, **of_file, **of_user, "preset": preset})
+    kind = PRESETS[preset].kind
+    config: RunConfig = _build(kind, {**PRESETS[preset].overrides, **of_file, **of_user, "preset": preset})
     for arm in config.arms:
         of_arm(config, arm)  # refuses an arm that nothing is left to learn for
         for key in of_user.keys() & ARMS[arm].overrides.keys():
@@ -41,12 +44,12 @@ def resolve(preset: str | None = None, file: Path | None = None, settings: Itera
     return config
 
 
-def of_arm(config: Config, arm: str) -> Config:
+def of_arm(config: AnyConfig, arm: str) -> AnyConfig:
     """The run with the values that the arm fixes."""
-    return _build({**flatten(config), **ARMS[arm].overrides, "arms": (arm,)})
+    return _build(type(config), {**flatten(config), **ARMS[arm].overrides, "arms": (arm,)})
 
 
-def of_run(folder: Path) -> Config:
+def of_run(folder: Path) -> RunConfig:
     """The configuration of the run in a folder.
 
     Raises:
@@ -117,10 +120,10 @@ def _setting(text: str) -> tuple[str, Any]:
     return key.strip(), value.strip()
 
 
-def _annotations() -> dict[str, Any]:
+def _annotations(kind: type[Config]) -> dict[str, Any]:
     """The type of every dotted key."""
     found: dict[str, Any] = {}
-    for name, annotation in typing.get_type_hints(Config).items():
+    for name, annotation in typing.get_type_hints(kind).items():
         if isinstance(annotation, type) and issubclass(annotation, Section):
             inner = typing.get_type_hints(annotation)
             found |= {f"{name}.{key}": inner[key] for key in inner if not key.startswith("_")}
@@ -129,8 +132,8 @@ def _annotations() -> dict[str, Any]:
     return found
 
 
-def _build(values: Mapping[str, Any]) -> Config:
-    annotations = _annotations()
+def _build(kind: type[AnyConfig], values: Mapping[str, Any]) -> AnyConfig:
+    annotations = _annotations(kind)
     sections: dict[str, dict[str, Any]] = {}
     top: dict[str, Any] = {}
     for key, value in values.items():
@@ -138,8 +141,8 @@ def _build(values: Mapping[str, Any]) -> Config:
             raise UserError(f"expected a known key, got {key!r}{nearest(key, annotations)}")
         section, _, name = key.rpartition(".")
         (sections.setdefault(section, {}) if section else top)[name or key] = _parse(key, annotations[key], value)
-    hints = typing.get_type_hints(Config)
-    return Config(**top, **{name: hints[name](**inner) for name, inner in sections.items()})
+    hints = typing.get_type_hints(kind)
+    return kind(**top, **{name: hints[name](**inner) for name, inner in sections.items()})
 
 
 def _parse(key: str, annotation: Any, value: Any) -> Any:

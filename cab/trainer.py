@@ -21,7 +21,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from cab.config import Config, UserError
+from cab.config import RunConfig, UserError
 from cab.data.order import RunOrder
 from cab.distill.task import DistillationTask
 from cab.graphed import GraphedStep
@@ -29,21 +29,21 @@ from cab.graphed import GraphedStep
 METRICS = "metrics.jsonl"
 WEIGHTS = "model.safetensors"
 TERMS = ("kl", "ce", "align")  # of the loss, each where the task computes it
-MEASURES = ("loss", "accuracy", *TERMS)
+MEASURES = ("loss", "accuracy", "perplexity", *TERMS)
 
 
 class Outcome(NamedTuple):
     """What one training came to.
 
     Attributes:
-        test: accuracy, and the mean of each loss term, on the test split.
+        test: accuracy or perplexity, and the mean of each loss term, on the test split.
         seconds: training time, evaluation left out.
-        images_per_second: images trained on over ``seconds``.
+        samples_per_second: images or sequences trained on over ``seconds``.
     """
 
     test: dict[str, float]
     seconds: float
-    images_per_second: float
+    samples_per_second: float
 
 
 class TaskTrainer(Trainer):
@@ -57,14 +57,14 @@ class TaskTrainer(Trainer):
         task: what is trained.
         config: of the run.
         folder: where metrics, events and checkpoints go.
-        train, test: data sets of ``{"images", "labels"}``.
+        train, test: data sets of what the task's forward takes, by name.
         name: what the progress bar calls this training.
     """
 
     loss_is_scaled_for_ga = False  # the task's loss is a mean over its batch: Trainer divides by the accumulation
 
     def __init__(
-        self, task: DistillationTask, config: Config, folder: Path, train: Dataset, test: Dataset, name: str = ""
+        self, task: DistillationTask, config: RunConfig, folder: Path, train: Dataset, test: Dataset, name: str = ""
     ) -> None:
         self.metrics = MetricsFile(folder / METRICS)
         self._sums: dict[str, Tensor] = {}
@@ -76,7 +76,7 @@ class TaskTrainer(Trainer):
             data_collator=default_collate,
             train_dataset=train,
             eval_dataset=test,
-            compute_metrics=_means,
+            compute_metrics=self._summarise,
             callbacks=[
                 _Advance(),
                 _LogBeforeSave(),
@@ -98,9 +98,9 @@ class TaskTrainer(Trainer):
         self.train(resume_from_checkpoint=checkpoint)
         test = self.metrics.last("test")
         seconds = test["seconds"]
-        images = self.state.global_step * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        samples = self.state.global_step * self.args.train_batch_size * self.args.gradient_accumulation_steps
         return Outcome(
-            {name: test[name] for name in MEASURES if name in test}, seconds, images * self.args.world_size / seconds
+            {name: test[name] for name in MEASURES if name in test}, seconds, samples * self.args.world_size / seconds
         )
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
@@ -113,7 +113,7 @@ class TaskTrainer(Trainer):
     ) -> Tensor:
         model.train()  # the step before may have ended in an evaluation
         inputs = self._prepare_inputs(inputs)
-        self._compare_gradients(inputs["images"])
+        self._compare_gradients(inputs)
         if self.graphed is None:
             return super().training_step(model, inputs, num_items_in_batch)
         outputs = self.graphed(**inputs)
@@ -131,14 +131,14 @@ class TaskTrainer(Trainer):
         self._count(outputs)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
-    def _compare_gradients(self, images: Tensor) -> None:
+    def _compare_gradients(self, inputs: dict[str, Tensor]) -> None:
         """Feed an adaptive schedule, once a step however many batches accumulate in it."""
         trust, step = self.model.trust, self.state.global_step
         if trust is None or step == self._compared_at or not trust.is_due(step, self.state.max_steps):
             return
         self._compared_at = step
         with self.accelerator.autocast():
-            agreement = self.model.compare_gradients(images)
+            agreement = self.model.compare_gradients(**inputs)
         trust.observe(agreement.cosine)
 
     def _count(self, outputs: dict[str, Tensor]) -> None:
@@ -155,14 +155,18 @@ class TaskTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """One value an image for each metric, so that a last, smaller batch counts for no more than it holds."""
+        """One value a sample for each measure, so that a last, smaller batch counts for no more than it holds."""
         inputs = self._prepare_inputs(inputs)
-        labels = inputs["labels"]
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs)
-        values = {"accuracy": (outputs["logits"].argmax(-1) == labels).float()}
-        values |= {name: outputs[name].float().repeat(len(labels)) for name in TERMS if name in outputs}
-        return outputs["loss"].detach(), values, labels
+        measures = cast(Any, self.model).measures(inputs, outputs)
+        return outputs["loss"].detach(), measures, measures["weight"]
+
+    def _summarise(self, prediction: EvalPrediction) -> dict[str, float]:
+        measures = dict(prediction.predictions)
+        weight = measures.pop("weight")
+        means = {name: float((values * weight).sum() / weight.sum()) for name, values in measures.items()}
+        return cast(Any, self.model).summary(means)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.metrics.paused():
@@ -178,17 +182,16 @@ class TaskTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        images = self.args.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return RunOrder(len(cast(Sized, dataset)), images * self.args.world_size, self.args.seed)
+        samples = self.args.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return RunOrder(len(cast(Sized, dataset)), samples * self.args.world_size, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(state_dict or self.model.state_dict(), folder / WEIGHTS)
+        safetensors.torch.save_model(self.model, str(folder / WEIGHTS))  # embeddings may be tied to the head
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        state = safetensors.torch.load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        (self.model if model is None else model).load_state_dict(state)
+        safetensors.torch.load_model(self.model if model is None else model, Path(resume_from_checkpoint) / WEIGHTS)
 
 
 class MetricsFile(TrainerCallback):
@@ -302,8 +305,10 @@ class _Progress(TrainerCallback):
             self.shown["loss"] = f"{logs['loss']:.4g}"
         if "eval_accuracy" in logs:
             self.shown["accuracy"] = f"{logs['eval_accuracy']:.1%}"
+        if "eval_perplexity" in logs:
+            self.shown["perplexity"] = f"{logs['eval_perplexity']:.2f}"
         self.bar.set_postfix(self.shown)
-        if self.bar.disable and "eval_accuracy" in logs:
+        if self.bar.disable and "eval_loss" in logs:
             shown = ", ".join(f"{name} {value}" for name, value in self.shown.items())
             print(f"{self.name}: step {state.global_step}/{state.max_steps}, {shown}", file=self.stream, flush=True)
 
@@ -313,7 +318,8 @@ class _Progress(TrainerCallback):
             self.bar = None
 
 
-def _arguments(config: Config, folder: Path) -> TrainingArguments:
+def _arguments(config: RunConfig, folder: Path) -> TrainingArguments:
+    workers = config.data.workers
     cuda = torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
         raise UserError("expected a CUDA GPU for device=cuda, got none")
@@ -338,8 +344,8 @@ def _arguments(config: Config, folder: Path) -> TrainingArguments:
         eval_steps=config.eval_every,
         save_steps=config.save_every,
         save_total_limit=1,
-        dataloader_num_workers=config.data.workers,
-        dataloader_persistent_workers=config.data.workers > 0,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
         dataloader_pin_memory=on_gpu,
         # DDP must not wait for the bridges' gradients once their weight has become 0.
         ddp_find_unused_parameters=config.bridge.enabled and config.loss.schedule != "constant",
@@ -352,10 +358,6 @@ def _arguments(config: Config, folder: Path) -> TrainingArguments:
     arguments.device  # noqa: B018  settles the number of GPUs, which is then one a process: no DataParallel
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def _means(prediction: EvalPrediction) -> dict[str, float]:
-    return {name: float(values.mean()) for name, values in prediction.predictions.items()}
 
 
 def _now() -> float:

@@ -13,12 +13,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 ALLOWED = {
     "cab_kernels": ["cab_kernels"],
     "cab.layer_map": [],
+    "cab.logits": [],
+    "cab.refusal": ["cab.config"],
     "cab.token_map": [],
     "cab.config": [],
     "cab.settings": ["cab.config"],
     "cab.bridge": ["cab_kernels"],
-    "cab.students": ["cab.students", "cab.token_map", "cab_kernels"],
-    "cab.teachers": ["cab.teachers", "cab.token_map", "cab_kernels"],
+    "cab.students": ["cab.logits", "cab.students", "cab.token_map", "cab_kernels"],
+    "cab.teachers": ["cab.logits", "cab.teachers", "cab.token_map", "cab_kernels"],
     "cab.distill": [
         "cab.bridge",
         "cab.distill",
@@ -31,7 +33,11 @@ ALLOWED = {
     "cab.data": ["cab.config", "cab.data"],
 }
 # On top, free to import anything below them; nothing above imports them.
-TOP = {"cab", "cab.__main__", "cab.build", "cab.cli", "cab.graphed", "cab.report", "cab.run", "cab.trainer"}
+TOP = {"cab", "cab.__main__", "cab.build", "cab.cli", "cab.graphed", "cab.report", "cab.trainer"} | {
+    "cab.language_run",
+    "cab.run",
+    "cab.vision_run",
+}
 
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -69,7 +69,7 @@ def test_eval_measures_what_the_run_reported(finished: Path, capsys: pytest.Capt
     rows = {row["name"]: row for row in json.loads((finished / "results.json").read_text())["rows"]}
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:]] == [
-        [name, f"{rows[name]['accuracy']:.1%}"] for name in ("soft-kd", "cab")
+        [name, f"{rows[name]['score']:.1%}"] for name in ("soft-kd", "cab")
     ]
 
 
@@ -84,7 +84,7 @@ def test_resuming_takes_ended_arms_over_and_trains_what_is_missing(
     assert [line.split(":")[0] for line in err.splitlines()] == ["cab", "cab"]
     rows, old = (json.loads(text)["rows"] for text in ((finished / "results.json").read_text(), before))
     assert rows[:2] == old[:2]
-    assert rows[2]["accuracy"] == old[2]["accuracy"]
+    assert rows[2]["score"] == old[2]["score"]
     assert rows[2]["alignment"] == old[2]["alignment"]
     assert [line.split()[0] for line in out.splitlines() if "%" in line] == ["teacher", "soft-kd", "cab"]
 
@@ -95,9 +95,9 @@ def test_the_saved_configuration_reproduces_the_run(finished: Path, tmp_path: Pa
         json.loads((folder / "results.json").read_text())["rows"] for folder in (finished, tmp_path / "again")
     )
     for one, other in zip(first, again, strict=True):
-        assert (one["name"], one["accuracy"], one["alignment"]) == (
+        assert (one["name"], one["score"], one["alignment"]) == (
             other["name"],
-            other["accuracy"],
+            other["score"],
             other["alignment"],
         )
 
@@ -106,7 +106,10 @@ def test_the_saved_configuration_reproduces_the_run(finished: Path, tmp_path: Pa
     ("arguments", "line"),
     [
         (["distill", "--set", "optim.lrr=1"], "expected a known key, got 'optim.lrr'; did you mean 'optim.lr'?"),
-        (["distill", "--preset", "digit"], "expected preset to be one of digits, vision, got 'digit'; did you mean"),
+        (
+            ["distill", "--preset", "digit"],
+            "expected preset to be one of digits, vision, lm-local, lm, got 'digit'; did you mean",
+        ),
         (["distill", "--config", "no.yaml"], "expected a configuration file, got no file no.yaml"),
         (["distill", "--preset", "vision"], "expected data.root, a folder with train/CLASS and val/CLASS, got none"),
         (
@@ -255,7 +258,7 @@ def test_a_broken_image_ends_the_run_with_its_name(images: Path, capsys: pytest.
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in [name for name in sys.modules if name in ("cab.run", "cab.build")]:
+    for name in [name for name in sys.modules if name in ("cab.vision_run", "cab.build")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "timm", None)
     assert main(["distill"]) == 2

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cab.config import ARMS, PRESETS, OptimConfig, UserError
+from cab.config import ARMS, PRESETS, LanguageConfig, OptimConfig, UserError, VisionConfig
 from cab.settings import flatten, of_arm, of_run, resolve, to_yaml
 
 
@@ -53,7 +53,8 @@ def test_refusal(settings: list[str], message: str) -> None:
 
 
 def test_the_error_names_the_preset_meant() -> None:
-    with pytest.raises(UserError, match=r"^expected preset to be one of digits, vision, got 'digit'; did you mean"):
+    names = "digits, vision, lm-local, lm"
+    with pytest.raises(UserError, match=rf"^expected preset to be one of {names}, got 'digit'; did you mean"):
         resolve("digit")
 
 
@@ -83,7 +84,7 @@ def test_a_file_may_name_its_preset_and_the_command_line_another(tmp_path: Path)
         ("a: [", "expected YAML in .*my.yaml, got while parsing"),
         ("optim: {lr: [1]}", r"expected optim.lr to be a number, got \[1\]"),
         ("arms: [1]", r"expected arms to be a list of names, got \[1\]"),
-        ("preset: 3", "expected preset to be one of digits, vision, got 3"),
+        ("preset: 3", "expected preset to be one of digits, vision, lm-local, lm, got 3"),
         ("3: 4", "expected a known key, got '3'"),
     ],
 )
@@ -105,7 +106,11 @@ def test_refusal_of_a_missing_file_and_of_a_missing_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_what_is_written_is_read_back(preset: str, tmp_path: Path) -> None:
-    config = resolve(preset, settings=["data.root=a b: c", "optim.lr=1e-5", "data.index=none"])
+    own = {
+        VisionConfig: ["data.root=a b: c", "data.index=none"],
+        LanguageConfig: ["data.path=a b: c", "teacher.name=x"],
+    }
+    config = resolve(preset, settings=["optim.lr=1e-5", *own[PRESETS[preset].kind]])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert of_run(tmp_path) == config
 

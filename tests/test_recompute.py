@@ -46,6 +46,20 @@ def test_backward_uses_the_recipe_and_not_the_tensor() -> None:
     assert x.grad.tolist() == [20.0] * 3
 
 
+def test_stands_back_where_another_context_decides_what_is_kept() -> None:
+    """Gradient checkpointing is such a context: it would keep what only the innermost one is asked about."""
+    asked: list[Tensor] = []
+    x = torch.ones(3, requires_grad=True)
+    recomputed = Recomputed()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: asked.append(t) or t, lambda t: t), recomputed:
+        u = 2 * x
+        recomputed.register(u, lambda: torch.full((3,), 5.0))
+        out = u.square().sum()
+    assert [tensor.tolist() for tensor in asked] == [[2.0] * 3]
+    out.backward()
+    assert x.grad.tolist() == [8.0] * 3
+
+
 def run_block(monkeypatch: pytest.MonkeyPatch, device: str, recompute: bool) -> tuple[list[Tensor], int]:
     """The gradients of one block, and the bytes that it keeps on the GPU for backward."""
     if not recompute:

@@ -39,7 +39,8 @@ class Alignment:
         projections: the student's B and C, a tuple a layer with one entry a direction.
         targets: what K and Q are turned into before they are met.
         layer_map: g, the teacher layer of each student layer; it never goes back.
-        token_index: (length,) the teacher token of each student token, -1 for none.
+        token_index: (length,) the teacher token of each student token, -1 for none; None where they are the same.
+        mask: (batch, length) bool, False where a token does not count; None where all count.
 
     Source: arXiv:2510.19266, section 3.2. There a layer has one direction; here the directions are summed.
     """
@@ -50,12 +51,14 @@ class Alignment:
         projections: Sequence[Sequence[Projections]],
         targets: TeacherTargets,
         layer_map: Sequence[int],
-        token_index: Tensor,
+        token_index: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> None:
         self.projections = projections
         self.targets = targets
         self.layer_map = layer_map
         self.token_index = token_index
+        self.mask = mask
         counts = [bridges.directions * layer_map.count(layer) for layer in range(max(layer_map) + 1)]
         self.key_weights = bridges.key.split(counts)
         self.query_weights = bridges.query.split(counts)
@@ -76,6 +79,7 @@ class Alignment:
             sources,
             *weights,
             target.value,
+            mask=self.mask,
             token_index=self.token_index,
             target_mean=target.mean,
             target_rstd=target.rstd,

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import timm.data
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cab.bridge import Bridges
 from cab.distill.agreement import AdaptiveTrust, GradientAgreement, gradient_agreement
-from cab.distill.losses import Alignment, distillation_kl
 from cab.distill.schedule import AlignmentSchedule
 from cab.distill.targets import TargetKind, TeacherTargets
 from cab.layer_map import proportional
 from cab.students.student import Student
-from cab.teachers.timm import TimmTeacher
-from cab.token_map import token_map
+from cab.teachers.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -49,10 +44,11 @@ class DistillationTask(nn.Module):
 
         loss = kd * KL(teacher || student) + ce * CE + weight(step) * L_align
 
-    The teacher moves between devices with the task, but is no part of its parameters or of its checkpoints.
+    The teacher moves between devices with the task, but is no part of its parameters or of its checkpoints. What a
+    batch is, and how the terms are computed on it, is a subclass's.
 
     Args:
-        student: sees images normalised with its own statistics.
+        student: a Mamba model.
         teacher: None for a task without one (cross-entropy alone).
         bridges: None for a task without alignment.
         weights: of the terms beside the alignment.
@@ -65,17 +61,14 @@ class DistillationTask(nn.Module):
     """
 
     student: Student
-    teacher: TimmTeacher | None
+    teacher: Teacher | None
     bridges: Bridges | None
     _alignment_weight: Tensor
-    student_mean: Tensor
-    student_std: Tensor
-    token_index: Tensor
 
     def __init__(
         self,
         student: Student,
-        teacher: TimmTeacher | None = None,
+        teacher: Teacher | None = None,
         bridges: Bridges | None = None,
         *,
         weights: LossWeights | None = None,
@@ -93,25 +86,20 @@ class DistillationTask(nn.Module):
         # The same number where the loss is computed, so that a captured step follows it.
         self.register_buffer("_alignment_weight", torch.tensor(self.schedule.weight), persistent=False)
         self.__dict__["teacher"] = teacher  # past nn.Module's registration: neither trained nor saved
-        data = timm.data.resolve_data_config(model=student)
-        self.register_buffer("student_mean", torch.tensor(data["mean"]).view(-1, 1, 1), persistent=False)
-        self.register_buffer("student_std", torch.tensor(data["std"]).view(-1, 1, 1), persistent=False)
         if teacher is None:
             if bridges is not None or self.weights.kd:
-                raise ValueError("DistillationTask: expected a teacher for bridges or a KL term, got None")
+                raise ValueError(f"{type(self).__name__}: expected a teacher for bridges or a KL term, got None")
             return
-        self.layer_map = list(layer_map or proportional(len(student.layers), teacher.num_layers))
-        tokens = torch.tensor(token_map(student.token_layout, teacher.token_layout), dtype=torch.int32)
-        self.register_buffer("token_index", tokens, persistent=False)
+        self.layer_map = list(layer_map or proportional(student.num_layers, teacher.num_layers))
         self.targets = TeacherTargets(targets, teacher.num_layers, teacher.key_width, teacher.query_width)
         self._check(student, teacher)
 
-    def _check(self, student: Student, teacher: TimmTeacher) -> None:
-        layers = len(student.layers)
+    def _check(self, student: Student, teacher: Teacher) -> None:
+        layers = student.num_layers
         inside = all(0 <= layer < teacher.num_layers for layer in self.layer_map)
         if len(self.layer_map) != layers or not inside or self.layer_map != sorted(self.layer_map):
             raise ValueError(
-                f"DistillationTask: expected a layer map of {layers} teacher layers below {teacher.num_layers} "
+                f"{type(self).__name__}: expected a layer map of {layers} teacher layers below {teacher.num_layers} "
                 f"that never goes back, got {self.layer_map}"
             )
         if self.bridges is None:
@@ -125,7 +113,7 @@ class DistillationTask(nn.Module):
         )
         if expected != got:
             raise ValueError(
-                "DistillationTask: expected bridges for (layers, d_state, key width, query width) = "
+                f"{type(self).__name__}: expected bridges for (layers, d_state, key width, query width) = "
                 f"{expected}, got {got}"
             )
 
@@ -147,45 +135,27 @@ class DistillationTask(nn.Module):
         self.alignment_weight = self.schedule.weight_at(step, total_steps, trust)
         self._alignment_weight.fill_(self.alignment_weight)
 
-    def compare_gradients(self, images: Tensor) -> GradientAgreement:
+    def measures(self, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What an evaluation learns from a batch: for each sample its "weight" and a value of every measure."""
+        weight = self._weight(inputs)
+        terms = [name for name in ("kl", "ce", "align") if name in outputs]
+        return {"weight": weight, **{name: outputs[name].float().expand_as(weight) for name in terms}}
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """The weighted means of :meth:`measures` over the evaluation, and what follows from them."""
+        return means
+
+    def _weight(self, inputs: dict[str, Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def _compare(self, terms: dict[str, Tensor]) -> GradientAgreement:
         """Norms and cosine of the gradients of the KL and of the alignment by the student's parameters."""
-        _, terms = self._terms(images, None, align=True)
         return gradient_agreement(terms["kl"], terms["align"], list(self.student.parameters()))
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
-        """One batch through student, teacher and bridges.
-
-        Args:
-            images: (batch, channels, height, width), values in [0, 1].
-            labels: (batch,) class indices; the cross-entropy needs them.
-
-        Returns:
-            "loss", 0-d; "logits" of the student, (batch, classes); and the terms that were computed, unweighted and
-            detached: "kl", "ce", "align".
-        """
-        logits, terms = self._terms(images, labels, align=self.alignment_weight > 0)
+    def _weigh(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The "loss", the weighted sum of "kl", "ce" and "align", and those that there are, unweighted and detached."""
         weights = {"kl": self.weights.kd, "ce": self.weights.ce}
         weighted = [weights[name] * term for name, term in terms.items() if weights.get(name)]
         if "align" in terms:
             weighted.append(self._alignment_weight * terms["align"])
-        loss = torch.stack(weighted).sum()
-        return {"loss": loss, "logits": logits, **{name: term.detach() for name, term in terms.items()}}
-
-    def _terms(self, images: Tensor, labels: Tensor | None, align: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student's logits and the unweighted terms of the loss."""
-        alignment = None
-        normalised = (images - self.student_mean) / self.student_std
-        if self.bridges is not None and align:
-            logits, projections = self.student.forward_with_projections(normalised)
-            alignment = Alignment(self.bridges, projections, self.targets, self.layer_map, self.token_index)
-        else:
-            logits = self.student(normalised)
-        terms: dict[str, Tensor] = {}
-        if self.teacher is not None and (self.weights.kd or alignment is not None):
-            teacher_logits = self.teacher(images, alignment)
-            terms["kl"] = distillation_kl(logits, teacher_logits, self.weights.temperature)
-        if labels is not None:
-            terms["ce"] = F.cross_entropy(logits.float(), labels)
-        if alignment is not None:
-            terms["align"] = alignment.loss()
-        return logits, terms
+        return {"loss": torch.stack(weighted).sum(), **{name: term.detach() for name, term in terms.items()}}

@@ -22,12 +22,25 @@ class Recomputed(saved_tensors_hooks):
 
     Views of a registered tensor count as that tensor. A recipe runs once in a backward pass, without gradients, and
     must give the same values: nothing random. Its result lives until the last saver has been through backward.
+
+    PyTorch asks only the innermost of such contexts. Inside another one (gradient checkpointing, which keeps less
+    still) this one therefore stands back and does nothing.
     """
 
     def __init__(self) -> None:
         self._recipes: dict[int, Callable[[], Tensor]] = {}
         self._made: dict[int, Tensor] = {}
+        self._stands_back = False
         super().__init__(self._pack, self._unpack)
+
+    def __enter__(self) -> None:
+        self._stands_back = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        if not self._stands_back:
+            super().__enter__()
+
+    def __exit__(self, *args: object) -> None:
+        if not self._stands_back:
+            super().__exit__(*args)
 
     def register(self, tensor: Tensor, recipe: Callable[[], Tensor]) -> None:
         """Let ``recipe`` stand for ``tensor``, which fills its storage and is kept by the caller within the context."""

@@ -20,21 +20,50 @@ class Student(nn.Module):
     """A Mamba model whose forward pass yields B and C of every layer beside its output.
 
     Attributes:
-        layers: the Mamba blocks.
+        num_layers: Mamba blocks.
         directions: scan directions of a block, 1 or 2.
         d_state: width of B and C.
+    """
+
+    num_layers: int
+    directions: int
+    d_state: int
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay would spoil, A above all: decay undoes A ~ 0."""
+        raise NotImplementedError
+
+
+class ImageStudent(Student):
+    """A student that classifies images.
+
+    Attributes:
         token_layout: where the tokens stand in the sequence.
     """
 
-    layers: nn.ModuleList
-    directions: int
-    d_state: int
     token_layout: TokenLayout
 
     def forward_with_projections(self, images: Tensor) -> tuple[Tensor, list[tuple[Projections, ...]]]:
         """Logits, and B and C of every layer: a tuple a layer, with one :class:`Projections` a direction."""
         raise NotImplementedError
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay would spoil, A above all: decay undoes A ~ 0."""
+
+class TokenStudent(Student):
+    """A student that predicts the next token.
+
+    Attributes:
+        vocab_size: logits of a token.
+    """
+
+    directions = 1
+    vocab_size: int
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., vocabulary) of last hidden states (..., width)."""
+        raise NotImplementedError
+
+    def forward_with_projections(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, list[tuple[Projections, ...]]]:
+        """The last hidden states (batch, tokens, width), and B and C of every layer, a tuple of one a layer."""
         raise NotImplementedError

@@ -16,7 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from cab.students.mamba import AInit, BidirectionalMamba
-from cab.students.student import Projections, Student
+from cab.students.student import ImageStudent, Projections
 from cab.token_map import TokenLayout
 
 
@@ -34,7 +34,7 @@ class Block(nn.Module):
         return residual + self.drop_path(mixed), projections
 
 
-class VisionMamba(Student):
+class VisionMamba(ImageStudent):
     """Vision Mamba: patches, a class token in their middle, bidirectional Mamba blocks, a linear head on that token.
 
     Args:
@@ -77,6 +77,7 @@ class VisionMamba(Student):
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.d_state = d_state
+        self.num_layers = depth
         self.patch_embed = PatchEmbed(self.img_size, patch_size, in_chans, embed_dim, strict_img_size=False)
         patches = self.patch_embed.num_patches
         middle = patches // 2

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import timm.data
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from cab.teachers.attention_calls import ScaledDotProductCalls
+from cab.teachers.teacher import AttentionSink, LayerSink, Teacher
 from cab.token_map import TokenLayout
 
-# (layer, query, key): (batch, heads, tokens, head_dim) each, as the layer's attention sees them.
-LayerSink = Callable[[int, Tensor, Tensor], None]
 
-
-class TimmTeacher(nn.Module):
+class TimmTeacher(Teacher):
     """A timm Vision Transformer, frozen, that hands Q and K of each attention layer to a callback.
 
     Q and K are taken where ``scaled_dot_product_attention`` is called: after normalisation and rotary embedding, before
-    the scale. A model that computes its attention otherwise is read at its packed ``qkv`` projections. Nothing is kept:
-    when the callback has returned, the layer's Q and K die with the layer's other activations.
+    the scale. A model that computes its attention otherwise is read at its packed ``qkv`` projections.
 
     Args:
         model: a timm model with ``blocks`` whose attention runs over all tokens in one order.
 
     Attributes:
-        num_layers: attention layers.
-        key_width, query_width: heads * head_dim of K and of Q.
         token_layout: where the class token and the patches stand in the sequence.
         input_size: (channels, height, width) of its images.
         mean, std: the statistics with which the model wants its images normalised, (channels, 1, 1).
@@ -43,9 +37,7 @@ class TimmTeacher(nn.Module):
     std: Tensor
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model.eval().requires_grad_(False)
-        self.name = _name(model)
+        super().__init__(model, _name(model))
         data = timm.data.resolve_data_config(model=model)
         self.register_buffer("mean", torch.tensor(data["mean"]).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(data["std"]).view(-1, 1, 1), persistent=False)
@@ -68,10 +60,6 @@ class TimmTeacher(nn.Module):
         self.key_width = shapes[0][1][1] * shapes[0][1][3]
         self.token_layout = self._layout(tokens)
 
-    def train(self, mode: bool = True) -> TimmTeacher:
-        """Stay in evaluation mode: a teacher does not drop paths or update statistics."""
-        return super().train(False)
-
     def forward(self, images: Tensor, on_layer: LayerSink | None = None) -> Tensor:
         """Logits of images.
 
@@ -92,23 +80,7 @@ class TimmTeacher(nn.Module):
                 f"got {tuple(images.shape[1:])}"
             )
         images = (images - self.mean) / self.std
-        if on_layer is None:
-            with torch.no_grad():
-                return self.model(images)
-        grad_enabled = torch.is_grad_enabled()
-        seen = 0
-
-        def show(query: Tensor, key: Tensor) -> None:
-            nonlocal seen
-            with torch.set_grad_enabled(grad_enabled):
-                on_layer(seen, query, key)
-            seen += 1
-
-        with torch.no_grad(), self._tap(self.model, show):
-            logits = self.model(images)
-        if seen != self.num_layers:
-            raise self._refusal(f"expected Q and K of {self.num_layers} layers, got {seen}")
-        return logits
+        return self._stream(lambda: self.model(images), on_layer)
 
     def _probe(self) -> list[tuple[torch.Size, torch.Size]]:
         """The shapes of Q and K that the tap reads from a forward pass on two blank images."""
@@ -134,9 +106,6 @@ class TimmTeacher(nn.Module):
         cls = 0 if getattr(self.model, "cls_token", None) is not None and prefix else None
         return TokenLayout(tuple(grid), cls=cls, patches=tuple(range(prefix, tokens)))
 
-    def _refusal(self, reason: str) -> ValueError:
-        return ValueError(f"TimmTeacher: cannot read Q and K of {self.name}: {reason}")
-
 
 def _blocks(model: Any) -> list[nn.Module]:
     return list(getattr(model, "blocks", ()))
@@ -146,32 +115,12 @@ def _name(model: nn.Module) -> str:
     return (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
 
 
-class _AttentionCalls(TorchFunctionMode):
-    """Shows Q and K of each self-attention that passes through ``scaled_dot_product_attention``."""
-
-    def __init__(self, show: Callable[[Tensor, Tensor], None]) -> None:
-        super().__init__()
-        self.show = show
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
-            query, key = args[0], args[1]
-            if query.shape[-2] == key.shape[-2]:  # pooling by a few learned queries is no layer of the sequence
-                self.show(query, key)
-        return function(*args, **kwargs)
+def _sdpa_tap(model: nn.Module, show: AttentionSink) -> AbstractContextManager[object]:
+    return ScaledDotProductCalls(show)
 
 
 @contextmanager
-def _sdpa_tap(model: nn.Module, show: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
-    with _AttentionCalls(show):
-        yield
-
-
-@contextmanager
-def _packed_qkv_tap(model: nn.Module, show: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+def _packed_qkv_tap(model: nn.Module, show: AttentionSink) -> Iterator[None]:
     """Reads each block's packed ``attn.qkv`` projection and applies the attention's own q and k norms."""
 
     def hook(attention: Any) -> Callable[[nn.Module, Any, Tensor], None]:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from cab.bridge import Bridges
 from cab.distill.losses import distillation_kl
 from cab.distill.schedule import AlignmentSchedule
-from cab.distill.task import DistillationTask, LossWeights
+from cab.distill.task import LossWeights
+from cab.distill.vision import VisionTask
 from cab.students.vim import VisionMamba
 from cab.teachers.timm import TimmTeacher
 
@@ -16,12 +17,12 @@ STUDENT = {"depth": 4, "embed_dim": 16, "d_state": 4, "num_classes": 5}
 TEACHER = {"img_size": 8, "patch_size": 2, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
 
 
-def make_task(name: str = "deit_tiny_patch16_224", a_init: str = "zero", **kwargs: object) -> DistillationTask:
+def make_task(name: str = "deit_tiny_patch16_224", a_init: str = "zero", **kwargs: object) -> VisionTask:
     torch.manual_seed(0)
     student = timm.create_model("vim_micro_patch2_8", a_init=a_init, **STUDENT)
     teacher = TimmTeacher(timm.create_model(name, **TEACHER))
     bridges = Bridges(4, 2, student.d_state, 32, teacher.key_width, teacher.query_width)
-    return DistillationTask(student, teacher, bridges, **kwargs)
+    return VisionTask(student, teacher, bridges, **kwargs)
 
 
 def images(batch: int = 3) -> Tensor:
@@ -163,7 +164,7 @@ def test_adaptive_weight_follows_the_observed_gradients() -> None:
 
 def test_cross_entropy_alone_needs_no_teacher() -> None:
     student = timm.create_model("vim_micro_patch2_8", **STUDENT)
-    task = DistillationTask(student, weights=LossWeights(kd=0.0, ce=1.0))
+    task = VisionTask(student, weights=LossWeights(kd=0.0, ce=1.0))
     result = task(images(), torch.tensor([0, 1, 2]))
     torch.testing.assert_close(result["loss"], nn.functional.cross_entropy(result["logits"], torch.tensor([0, 1, 2])))
 
@@ -192,12 +193,12 @@ def test_layer_maps_that_do_not_fit(layer_map: list[int], got: str) -> None:
 def test_bridges_that_do_not_fit() -> None:
     task = make_task()
     with pytest.raises(ValueError, match=r"= \(4, 4, 24, 24\), got \(4, 4, 8, 24\)"):
-        DistillationTask(task.student, task.teacher, Bridges(4, 2, 4, 32, 8, 24))
+        VisionTask(task.student, task.teacher, Bridges(4, 2, 4, 32, 8, 24))
 
 
 def test_bridges_without_a_teacher() -> None:
     with pytest.raises(ValueError, match="expected a teacher for bridges or a KL term, got None"):
-        DistillationTask(VisionMamba(8, 2, **STUDENT))
+        VisionTask(VisionMamba(8, 2, **STUDENT))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,108 @@
+"""Documents: the texts of files, of a saved data set, or of the Python standard library, one after the other."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from cab.config import TextConfig, UserError
+
+
+def documents(config: TextConfig) -> Iterator[str]:
+    """The documents that the configuration names, in a fixed order, up to its limit of characters.
+
+    Raises:
+        UserError: there is no such file, or it holds no text.
+    """
+    left = config.limit
+    for document in _python() if config.name == "python" else _files(Path(config.path or ""), config.field):
+        if left is not None:
+            document, left = document[:left], left - len(document)
+        if document:
+            yield document
+        if left is not None and left <= 0:
+            return
+
+
+def _python() -> Iterator[str]:
+    """The modules of the standard library: code and docstrings, in the order of their names."""
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        yield _text(file)
+
+
+def _files(path: Path, field: str) -> Iterator[str]:
+    if not path.exists():
+        raise UserError(f"expected a file or folder with text, got no {path}")
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        yield from _saved(path, field)
+        return
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    if not files:
+        raise UserError(f"expected files with text in {path}, got an empty folder")
+    for file in files:
+        if file.suffix in (".jsonl", ".json"):
+            yield from _json_lines(file, field)
+        elif file.suffix == ".parquet":
+            yield from _parquet(file, field)
+        else:
+            yield _text(file)
+
+
+def _text(file: Path) -> str:
+    content = file.read_bytes()
+    if not content.strip():
+        raise UserError(f"expected text in {file}, got an empty file")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"expected UTF-8 text in {file}, got other bytes at position {error.start}") from None
+    if "\0" in text:
+        raise UserError(f"expected text in {file}, got a binary file")
+    return text
+
+
+def _json_lines(file: Path, field: str) -> Iterator[str]:
+    for number, line in enumerate(_text(file).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"expected JSON in line {number} of {file}, got: {error}") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
+            got = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
+            raise UserError(f"expected text under {field!r} in line {number} of {file}, got {got}")
+        yield entry[field]
+
+
+def _parquet(file: Path, field: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"expected a parquet file, got {file}: {error}") from None
+    _has_column(table.schema_arrow.names, field, file)
+    for batch in table.iter_batches(columns=[field]):
+        yield from (text for text in batch.column(0).to_pylist() if text)
+
+
+def _saved(folder: Path, field: str) -> Iterator[str]:
+    """A data set of Hugging Face, written by ``save_to_disk``; of one with several splits the one called "train"."""
+    import datasets
+
+    loaded = datasets.load_from_disk(str(folder))
+    if isinstance(loaded, datasets.DatasetDict):
+        if "train" not in loaded:
+            raise UserError(f"expected a split 'train' in {folder}, got {', '.join(loaded)}")
+        loaded = loaded["train"]
+    _has_column(loaded.column_names, field, folder)
+    yield from (text for text in loaded[field] if text)
+
+
+def _has_column(names: list[str], field: str, path: Path) -> None:
+    if field not in names:
+        raise UserError(f"expected a column {field!r} in {path}, got {', '.join(names)}; data.field names another")

@@ -1,0 +1,170 @@
+"""A run on text. A teacher trained on the spot and each arm's student are kept as folders that transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaForCausalLM,
+)
+from transformers import MambaConfig as MambaModelConfig
+from transformers.utils import logging
+
+from cab.bridge import Bridges
+from cab.config import LanguageConfig, UserError
+from cab.data.language import HuggingFaceTokens, load
+from cab.distill.language import LanguageTask
+from cab.distill.schedule import AlignmentSchedule, Kind
+from cab.distill.targets import TargetKind
+from cab.distill.task import DistillationTask, LossWeights
+from cab.distill.token_losses import Divergence
+from cab.layer_map import proportional
+from cab.refusal import refused
+from cab.report import PERPLEXITY
+from cab.run import Run
+from cab.students.from_teacher import start_from_teacher
+from cab.students.language import LanguageStudent, PlainLanguageModel
+from cab.teachers.huggingface import HuggingFaceTeacher
+
+STUDENT = "student"
+TEACHER = "teacher-model"
+
+
+class LanguageRun(Run):
+    """A run on text: see :class:`cab.run.Run`."""
+
+    measure = PERPLEXITY
+    config: LanguageConfig
+
+    def __init__(self, config: LanguageConfig, folder: Path) -> None:
+        super().__init__(config, folder)
+        logging.disable_progress_bar()  # the run has its own
+        self.splits = load(config.data, config.teacher.name)
+        self.tokens = self.splits.tokens
+        # Rows of a multiple of 8 numbers suit the GPU; what no token has is left out of the loss.
+        self.vocab_size = -(-self.tokens.size // 8) * 8
+        self.full = self.train = self.splits.train
+        self.test = self.splits.test
+
+    def describe(self) -> str:
+        splits = self.splits
+        return (
+            f"student reads {splits.train_tokens:,} tokens in sequences of {self.config.data.length}, tested on "
+            f"{splits.test_tokens:,} in windows that move on by {splits.test.stride}"
+        )
+
+    def teacher_model(self, trained: bool = False) -> nn.Module:
+        teacher = self.config.teacher
+        if trained:
+            return AutoModelForCausalLM.from_pretrained(self.folder / TEACHER)
+        if teacher.name is not None:
+            with refused(f"expected teacher.name to be a causal language model by name or path, got {teacher.name!r}"):
+                return AutoModelForCausalLM.from_pretrained(teacher.name, dtype=teacher.dtype)
+        torch.manual_seed(self.config.seed)
+        with refused("expected sizes of a Llama"):
+            return LlamaForCausalLM(
+                LlamaConfig(
+                    hidden_size=teacher.width,
+                    intermediate_size=-(-8 * teacher.width // 3 // 8) * 8,
+                    num_hidden_layers=teacher.depth,
+                    num_attention_heads=teacher.heads,
+                    num_key_value_heads=teacher.key_heads,
+                    max_position_embeddings=max(2048, self.config.data.length),
+                    tie_word_embeddings=True,
+                    **self._vocabulary(),
+                )
+            )
+
+    def save_teacher(self, model: nn.Module) -> None:
+        self._save(model, self.folder / TEACHER)
+
+    def distillation_task(self, arm: LanguageConfig, teacher: nn.Module | None) -> DistillationTask:
+        loss = arm.loss
+        with refused():
+            tapped = HuggingFaceTeacher(teacher) if teacher is not None else None
+            if tapped is not None and tapped.max_length is not None and arm.data.length > tapped.max_length:
+                raise UserError(
+                    f"expected data.length of at most {tapped.max_length}, the positions of {tapped.name}, "
+                    f"got {arm.data.length}"
+                )
+            student = self._student(arm, tapped)
+            bridges = None
+            if tapped is not None and arm.bridge.enabled:
+                bridges = Bridges(
+                    layers=student.num_layers,
+                    directions=student.directions,
+                    d_state=student.d_state,
+                    hidden=arm.bridge.hidden,
+                    key_width=tapped.key_width,
+                    query_width=tapped.query_width,
+                )
+            return LanguageTask(
+                student,
+                tapped,
+                bridges,
+                weights=LossWeights(kd=loss.kl, ce=loss.ce, temperature=loss.temperature),
+                schedule=AlignmentSchedule(cast(Kind, loss.schedule), loss.align, loss.until),
+                targets=cast(TargetKind, arm.bridge.targets),
+                divergence=Divergence(),
+                tokens=self.tokens.size,
+            )
+
+    def supervised_task(self, model: nn.Module) -> DistillationTask:
+        student = PlainLanguageModel(model)
+        return LanguageTask(student, weights=LossWeights(kd=0.0, ce=1.0), tokens=self.tokens.size)
+
+    def save_student(self, task: DistillationTask, folder: Path) -> None:
+        self._save(cast(LanguageStudent, task.student).model, folder / STUDENT)
+
+    def load_student(self, arm: LanguageConfig, folder: Path) -> nn.Module | None:
+        if not (folder / STUDENT).is_dir():
+            return None
+        return LanguageStudent(AutoModelForCausalLM.from_pretrained(folder / STUDENT)).model
+
+    def _student(self, arm: LanguageConfig, teacher: HuggingFaceTeacher | None) -> LanguageStudent:
+        torch.manual_seed(arm.seed)
+        with refused(f"expected sizes of a {arm.student.name} model"):
+            student = LanguageStudent(self._mamba(arm))
+        if arm.student.from_teacher and teacher is not None:
+            start_from_teacher(student.model, teacher.model, proportional(student.num_layers, teacher.num_layers))
+        if arm.student.a_init == "zero":
+            student.start_at_linear_attention()
+        return student
+
+    def _mamba(self, arm: LanguageConfig) -> nn.Module:
+        sizes = arm.student
+        common: dict[str, Any] = {
+            "hidden_size": sizes.width,
+            "num_hidden_layers": sizes.depth,
+            "state_size": sizes.d_state,
+            "expand": sizes.expand,
+            **self._vocabulary(),
+        }
+        if sizes.name == "mamba":
+            return MambaForCausalLM(MambaModelConfig(**common))
+        heads, rest = divmod(sizes.expand * sizes.width, sizes.head_dim)
+        if rest:
+            raise ValueError(
+                f"student.expand * student.width = {sizes.expand * sizes.width} is no multiple of "
+                f"student.head_dim = {sizes.head_dim}"
+            )
+        return Mamba2ForCausalLM(
+            Mamba2Config(**common, num_heads=heads, head_dim=sizes.head_dim, n_groups=sizes.groups)
+        )
+
+    def _vocabulary(self) -> dict[str, int | None]:
+        end = self.tokens.end
+        return {"vocab_size": self.vocab_size, "bos_token_id": None, "eos_token_id": end, "pad_token_id": end}
+
+    def _save(self, model: nn.Module, folder: Path) -> None:
+        cast(Any, model).save_pretrained(folder)
+        if isinstance(self.tokens, HuggingFaceTokens):
+            self.tokens.tokenizer.save_pretrained(folder)

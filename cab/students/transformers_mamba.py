@@ -1,0 +1,118 @@
+"""The Mamba blocks of transformers on this project's kernels: training, prompts and one-token steps, no mamba_ssm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
+from transformers.models.mamba.modeling_mamba import MambaMixer
+
+from cab.students.recompute import Recomputed
+from cab_kernels import causal_conv1d_fn, selective_scan_fn
+
+
+class _KernelForward(nn.Module):
+    """The forward pass of transformers' Mamba mixers over ``cab_kernels``; parameters, cache and arguments are theirs.
+
+    A prompt that comes in several parts goes on from the state in the cache, as a single token does. In training,
+    forward keeps neither the convolved tokens nor delta for backward, which makes them again.
+    """
+
+    on_projections: Callable[[Tensor, Tensor], None] | None = None  # shown B and C, (batch, tokens, state) each
+
+    def forward(
+        self, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Mix (batch, tokens, width); ``attention_mask`` (batch, tokens) is 0 where a token is padding."""
+        mixer: Any = self
+        cache = None if cache_params is None else cache_params.layers[mixer.layer_idx]
+        state = None if cache is None else cache.recurrent_states[0]
+        x, z = mixer.in_proj(_without_padding(hidden_states, attention_mask)).transpose(1, 2).chunk(2, dim=1)
+        tokens = x.shape[-1]
+        if cache is not None:  # which puts the last inputs before these
+            x = cache.update_conv_state(x, conv_kernel_size=mixer.conv_kernel_size)
+
+        def convolve(x: Tensor) -> Tensor:
+            u = causal_conv1d_fn(x, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, "silu")
+            return _without_padding(u[..., -tokens:].transpose(1, 2), attention_mask)
+
+        def expand(low_rank: Tensor) -> Tensor:
+            return F.linear(low_rank, mixer.dt_proj.weight.to(low_rank.dtype)).transpose(1, 2)
+
+        recomputed = Recomputed()
+        with recomputed if cache is None else nullcontext():
+            u = convolve(x)
+            recomputed.register(u, lambda: convolve(x.detach()))
+            low_rank, B, C = self._project(u)
+            delta = expand(low_rank)
+            recomputed.register(delta, lambda: expand(low_rank.detach()))
+            scanned = selective_scan_fn(
+                u.transpose(1, 2),
+                delta,
+                -mixer.A_log.float().exp(),
+                B.transpose(1, 2),
+                C.transpose(1, 2),
+                mixer.D.float(),
+                z=z,
+                delta_bias=mixer.dt_proj.bias.float(),
+                delta_softplus=True,
+                return_last_state=cache is not None,
+                initial_state=state,
+            )
+        if self.on_projections is not None:
+            self.on_projections(B, C)
+        if cache is not None:
+            scanned, last_state = scanned
+            cache.update_recurrent_state(last_state)
+        return mixer.out_proj(scanned.transpose(1, 2).to(hidden_states.dtype))
+
+    def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mixer: Any = self
+        sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
+        low_rank, B, C = mixer.x_proj(u).split(sizes, dim=-1)
+        return low_rank, B, C
+
+
+class KernelMambaMixer(_KernelForward, MambaMixer):
+    """``MambaMixer`` on ``cab_kernels``."""
+
+
+class KernelFalconMambaMixer(_KernelForward, FalconMambaMixer):
+    """``FalconMambaMixer`` on ``cab_kernels``: Mamba with the step, B and C normalised."""
+
+    def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low_rank, B, C = super()._project(u)
+        mixer: Any = self
+        return mixer.dt_layernorm(low_rank), mixer.b_layernorm(B), mixer.c_layernorm(C)
+
+
+_ON_KERNELS = {MambaMixer: KernelMambaMixer, FalconMambaMixer: KernelFalconMambaMixer}
+
+
+def use_cab_kernels(model: nn.Module) -> nn.Module:
+    """Let the Mamba blocks of a model of transformers run on ``cab_kernels``, in place, and return the model.
+
+    Parameters, configuration, checkpoints, caches and ``generate`` stay as they are; the blocks no longer care whether
+    mamba_ssm, causal_conv1d or mambapy is installed. It applies to ``MambaForCausalLM``, ``FalconMambaForCausalLM`` and
+    whatever else is built of their mixers, and may be called again. Weights must be floating point, not quantised.
+
+    Raises:
+        ValueError: the model has no such mixer, or one whose activation is not SiLU.
+    """
+    mixers = [module for module in model.modules() if isinstance(module, (MambaMixer, FalconMambaMixer))]
+    if not mixers:
+        raise ValueError(f"use_cab_kernels: expected a model with Mamba mixers, got {type(model).__name__}")
+    for mixer in mixers:
+        if mixer.activation not in ("silu", "swish"):
+            raise ValueError(f"use_cab_kernels: expected activation 'silu', got {mixer.activation!r}")
+        mixer.__class__ = _ON_KERNELS.get(type(mixer), type(mixer))
+    return model
+
+
+def _without_padding(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """(batch, tokens, width) with zeros where a token is padding, so that the state does not see it."""
+    return hidden if attention_mask is None else hidden * attention_mask.unsqueeze(-1).to(hidden.dtype)

@@ -1,0 +1,177 @@
+"""A frozen Hugging Face decoder as teacher: its last hidden states, and Q and K of each layer as it computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from cab.logits import logits_of
+from cab.teachers.attention_calls import ScaledDotProductCalls, WrittenOutCalls
+from cab.teachers.teacher import AttentionSink, LayerSink, Tap, Teacher
+
+_IMPLEMENTATION = "cab_tapped_sdpa"
+_SINK: ContextVar[AttentionSink | None] = ContextVar("_SINK", default=None)
+
+
+class HuggingFaceTeacher(Teacher):
+    """A decoder of transformers, frozen, that hands Q and K of each attention layer to a callback.
+
+    Q and K are those of the scores: after rotary embedding and q/k norm, K with the heads that it has (fewer than Q's
+    under grouped-query attention). They are read in transformers' own attention interface, else where
+    ``scaled_dot_product_attention`` is called, else where the product Q K^T is written out. Which of the three it is,
+    is settled once, by a forward pass on a few tokens that must show every layer and leave the logits as they were.
+    The scale of Q is the family's: OPT, for one, divides it by sqrt(head_dim) before this point, others after.
+
+    Args:
+        model: a causal language model of transformers, on any device, quantised or not.
+
+    Attributes:
+        max_length: the longest sequence that it takes, None where it states none.
+        vocab_size: logits of a token.
+
+    Raises:
+        ValueError: Q and K, or the logits, of the model cannot be read; the message names the model and the reason.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        config: Any = model.config
+        super().__init__(model, config.name_or_path or type(model).__name__)
+        text = config.get_text_config()
+        if not getattr(text, "num_attention_heads", None):
+            raise self._refusal("it has no attention heads")
+        self.num_layers = text.num_hidden_layers
+        self.max_length: int | None = getattr(text, "max_position_embeddings", None)
+        self._heads = text.num_attention_heads
+        self._repeats = self._heads // (getattr(text, "num_key_value_heads", None) or self._heads)
+        shapes = self._settle_tap()
+        self.vocab_size = self._check_logits()
+        query, key = shapes[0]
+        self.query_width, self.key_width = query[1] * query[3], key[1] * key[3]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, on_layer: LayerSink | None = None
+    ) -> Tensor:
+        """The last hidden states of tokens; :meth:`logits` makes logits of them, of as many at a time as fit.
+
+        Args:
+            input_ids: (batch, tokens).
+            attention_mask: (batch, tokens), 0 where a token is padding; None where there is none.
+            on_layer: called for each layer, in order, with its index, Q (batch, heads, tokens, head_dim) and K
+                (batch, key heads, tokens, head_dim). It runs with the caller's gradient mode.
+
+        Returns:
+            (batch, tokens, width).
+
+        Raises:
+            ValueError: more tokens than the model has positions.
+        """
+        if self.max_length is not None and input_ids.shape[1] > self.max_length:
+            raise ValueError(
+                f"HuggingFaceTeacher: {self.name} expected at most {self.max_length} tokens, got {input_ids.shape[1]}"
+            )
+        decoder: Any = self.model.base_model
+        return self._stream(
+            lambda: decoder(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state, on_layer
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., vocabulary) of last hidden states (..., width)."""
+        return logits_of(self.model, hidden)
+
+    def _settle_tap(self) -> list[tuple[torch.Size, torch.Size]]:
+        """Take the first tap that shows all layers and changes nothing, and return the shapes of Q and K."""
+        model: Any = self.model
+        untapped = self._probe_logits()
+        own = model.config._attn_implementation
+        seen = 0
+        for tap, implementation in self._taps():
+            try:
+                model.set_attn_implementation(implementation or own)
+            except ValueError:  # the family does not have this implementation
+                continue
+            logits, shapes = self._probe(tap)
+            complete = len(shapes) == self.num_layers and all(len(query) == 4 for query, _ in shapes)
+            if complete and _close(logits, untapped):
+                if len(set(shapes)) > 1:
+                    raise self._refusal("its layers have Q and K of different sizes")
+                self._tap = tap
+                return shapes
+            seen = max(seen, len(shapes))
+        model.set_attn_implementation(own)
+        raise self._refusal(f"expected Q and K of {self.num_layers} layers, got {seen}")
+
+    def _probe(self, tap: Tap) -> tuple[Tensor, list[tuple[torch.Size, torch.Size]]]:
+        shapes: list[tuple[torch.Size, torch.Size]] = []
+        with tap(self.model, lambda query, key: shapes.append((query.shape, key.shape))):
+            return self._probe_logits(), shapes
+
+    def _taps(self) -> Iterator[tuple[Tap, str | None]]:
+        """Each tap with the attention implementation that it needs, None for the model's own."""
+        model: Any = self.model
+        if model._can_set_attn_implementation() and not getattr(model.config, "attn_logit_softcapping", None):
+            yield _interface_tap, _IMPLEMENTATION
+        yield lambda model, show: ScaledDotProductCalls(show), None
+        yield self._written_out_tap, "eager"
+
+    def _written_out_tap(self, model: nn.Module, show: AttentionSink) -> AbstractContextManager[object]:
+        # Here each head of K comes as often as heads of Q share it.
+        return WrittenOutCalls(lambda query, key: show(query, key[:, :: self._repeats]), self._heads)
+
+    def _probe_logits(self) -> Tensor:
+        """Logits of two short sequences, of which one has padding, where it is not padding."""
+        ids, mask = self._probe_batch()
+        model: Any = self.model
+        with torch.no_grad():
+            return model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+
+    def _check_logits(self) -> int:
+        ids, mask = self._probe_batch()
+        logits, own = self.logits(self(ids, mask))[mask.bool()], self._probe_logits()
+        if not _close(logits, own):
+            raise self._refusal("its logits are not its last hidden states times its output embeddings")
+        return own.shape[-1]
+
+    def _probe_batch(self) -> tuple[Tensor, Tensor]:
+        model: Any = self.model
+        device = model.get_input_embeddings().weight.device
+        ids = torch.arange(2 * 7, device=device).view(2, 7) % model.config.get_text_config().vocab_size
+        mask = torch.ones_like(ids)
+        mask[1, :2] = 0
+        return ids, mask
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether logits agree within what another order of summation may change in their dtype."""
+    tolerance = 1e-3 if torch.finfo(b.dtype).eps < 1e-4 else 5e-2
+    return bool((a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max())
+
+
+def _tapped_sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    show = _SINK.get()
+    if show is not None and query.shape[-2] == key.shape[-2]:
+        show(query, key)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+# With no mask function of its name an implementation gets no mask at all, and padding is silently attended to.
+AttentionInterface.register(_IMPLEMENTATION, _tapped_sdpa)
+AttentionMaskInterface.register(_IMPLEMENTATION, sdpa_mask)
+
+
+@contextmanager
+def _interface_tap(model: nn.Module, show: AttentionSink) -> Iterator[None]:
+    token = _SINK.set(show)
+    try:
+        yield
+    finally:
+        _SINK.reset(token)

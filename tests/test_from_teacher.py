@@ -1,0 +1,97 @@
+import pytest
+import torch
+from language_models import make
+from torch import Tensor, nn
+
+from cab.students.from_teacher import start_from_teacher
+
+# Heads and states of the teacher's size, so that everything fits: two groups of K repeated to four heads.
+FITTING = {"expand": 1, "num_heads": 4, "head_dim": 8, "n_groups": 4, "state_size": 8}
+
+
+def of_attention(family: str, model: nn.Module, layer: int) -> list[Tensor]:
+    """Weights of Q, K, V and O written out for each family, heads one after the other, K and V repeated."""
+    if family == "llama":
+        part = model.model.layers[layer].self_attn
+        repeated = [
+            torch.cat([matrix[8 * (head // 2) : 8 * (head // 2) + 8] for head in range(4)])
+            for matrix in (part.k_proj.weight, part.v_proj.weight)
+        ]
+        return [part.q_proj.weight, *repeated, part.o_proj.weight]
+    if family == "gpt2":
+        part = model.transformer.h[layer].attn
+        columns = [part.c_attn.weight[:, 32 * i : 32 * i + 32].T for i in range(3)]
+        return [*columns, part.c_proj.weight.T]
+    part = model.gpt_neox.layers[layer].attention
+    rows = [
+        torch.cat([part.query_key_value.weight[24 * head + 8 * i : 24 * head + 8 * i + 8] for head in range(4)])
+        for i in range(3)
+    ]
+    return [*rows, part.dense.weight]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_all_that_fits_is_copied(family: str) -> None:
+    student, teacher = make("mamba2", **FITTING), make(family, seed=1)
+    before = {name: parameter.clone() for name, parameter in student.named_parameters()}
+    copied = start_from_teacher(student, teacher, [1, 0])
+    for layer, source in enumerate((1, 0)):
+        query, key, value, out = of_attention(family, teacher, source)
+        mixer = student.backbone.layers[layer].mixer
+        gate, x, B, C, dt = mixer.in_proj.weight.split([32, 32, 32, 32, 4])
+        assert all(map(torch.equal, (x, B, C, mixer.out_proj.weight), (value, key, query, out)))
+        old_gate, *_, old_dt = before[f"backbone.layers.{layer}.mixer.in_proj.weight"].split([32, 32, 32, 32, 4])
+        assert torch.equal(gate, old_gate)
+        assert torch.equal(dt, old_dt)
+        slots = {f"layers.{layer}.mixer.{name}" for name in ("out_proj", "in_proj.x", "in_proj.B", "in_proj.C")}
+        assert slots <= set(copied)
+    assert torch.equal(student.backbone.embeddings.weight, teacher.get_input_embeddings().weight)
+
+
+def test_the_copied_layer_is_the_teachers_linear_attention() -> None:
+    """By hand: with no convolution, no decay and no gate the mixer adds up C_t . B_s x_s, the teacher's Q, K and V."""
+    student, teacher = make("mamba2", **FITTING, conv_kernel=1), make("llama", seed=1)
+    start_from_teacher(student, teacher, [0, 1])
+    attention, mixer = teacher.model.layers[0].self_attn, student.backbone.layers[0].mixer
+    hidden = torch.randn(1, 5, 32)
+    _, x, B, C, _ = nn.functional.linear(hidden, mixer.in_proj.weight).split([32, 32, 32, 32, 4], dim=-1)
+    scores = torch.einsum("bthn,bshn->bhts", C.unflatten(-1, (4, 8)), B.unflatten(-1, (4, 8))).tril()
+    mixed = torch.einsum("bhts,bshn->bthn", scores, x.unflatten(-1, (4, 8))).flatten(2)
+    query, key, value = (
+        projection(hidden).unflatten(-1, (-1, 8)).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+    expected = ((query @ key.mT).tril() @ value).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(mixer.out_proj(mixed), attention.o_proj(expected))
+
+
+def test_rms_norms_are_copied_and_others_are_not() -> None:
+    student = make("mamba", expand=1)
+    for family, expected in (("llama", True), ("gpt2", False), ("gemma", False)):
+        teacher = make(family, seed=1)
+        for parameter in teacher.parameters():
+            nn.init.uniform_(parameter, 0.5, 1.5) if parameter.dim() == 1 else None
+        copied = start_from_teacher(student, teacher, [0, 1])
+        assert ({"norm_f", "layers.0.norm", "layers.1.norm"} <= set(copied)) is expected
+    # B and C of Mamba are made of the convolved channels, not of the tokens: nothing of the teacher fits.
+    assert {name for name in copied if name.startswith("layers.0.mixer")} == {
+        "layers.0.mixer.out_proj",
+        "layers.0.mixer.in_proj.x",
+    }
+
+
+def test_what_does_not_fit_keeps_its_own_start() -> None:
+    student, teacher = make("mamba"), make("llama", seed=1, hidden_size=16, head_dim=8)
+    before = {name: parameter.clone() for name, parameter in student.named_parameters()}
+    assert start_from_teacher(student, teacher, [0, 1]) == []
+    assert all(torch.equal(parameter, before[name]) for name, parameter in student.named_parameters())
+
+
+def test_vocabularies_that_differ_share_their_first_rows() -> None:
+    student, teacher = make("mamba", vocab_size=56, tie_word_embeddings=False), make("llama", seed=1)
+    own = student.backbone.embeddings.weight[48:].clone()
+    copied = start_from_teacher(student, teacher, [0, 1])
+    assert {"embeddings", "lm_head"} <= set(copied)
+    assert torch.equal(student.lm_head.weight[:48], teacher.lm_head.weight)
+    assert torch.equal(student.backbone.embeddings.weight[48:], own)

@@ -1,0 +1,189 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cab.config import TextConfig, UserError
+from cab.data.documents import documents
+from cab.data.language import ByteTokens, HuggingFaceTokens, Kept, Packed, Windows, load
+
+TEXTS = ["first document", "second, with ünïcode", "third"]
+
+
+def lines(folder: Path) -> Path:
+    file = folder / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in TEXTS))
+    return file
+
+
+def parquet(folder: Path) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    file = folder / "text.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2, 3], "text": TEXTS}), file)
+    return file
+
+
+def text_files(folder: Path) -> Path:
+    for number, text in enumerate(TEXTS):
+        (folder / f"{number}.txt").write_text(text)
+    return folder
+
+
+def saved(folder: Path) -> Path:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def saved_with_splits(folder: Path) -> Path:
+    datasets = pytest.importorskip("datasets")
+    split = datasets.Dataset.from_dict({"text": TEXTS})
+    datasets.DatasetDict({"test": split.select([0]), "train": split}).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+@pytest.mark.parametrize("write", [lines, parquet, text_files, saved, saved_with_splits])
+def test_documents_of_every_kind_of_file(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    assert list(documents(TextConfig(path=str(write(tmp_path))))) == TEXTS
+
+
+def test_another_field(tmp_path: Path) -> None:
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"content": "here"}\n\n')
+    assert list(documents(TextConfig(path=str(file), field="content"))) == ["here"]
+
+
+def test_limit_cuts_the_last_document(tmp_path: Path) -> None:
+    assert list(documents(TextConfig(path=str(lines(tmp_path)), limit=20))) == ["first document", "second"]
+
+
+def test_the_standard_library_is_text() -> None:
+    found = list(documents(TextConfig(name="python", limit=100_000)))
+    assert sum(map(len, found)) == 100_000
+    assert "import" in found[0]
+
+
+def write(folder: Path, name: str, content: bytes) -> Path:
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "expected text in .*a.txt, got an empty file"),
+        ("a.txt", b" \n", "expected text in .*a.txt, got an empty file"),
+        ("a.txt", b"ab\xff\xfe", "expected UTF-8 text in .*a.txt, got other bytes at position 2"),
+        ("a.txt", b"ab\0", "expected text in .*a.txt, got a binary file"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', "expected JSON in line 2 of .*a.jsonl, got: "),
+        ("a.jsonl", b'{"txt": "a"}\n', "expected text under 'text' in line 1 of .*a.jsonl, got txt"),
+        ("a.jsonl", b"[1]\n", "expected text under 'text' in line 1 of .*a.jsonl, got list"),
+        ("a.parquet", b"PAR0", "expected a parquet file, got .*a.parquet: "),
+    ],
+)
+def test_files_that_hold_no_text(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    file = write(tmp_path, name, content)
+    with pytest.raises(UserError, match=message):
+        list(documents(TextConfig(path=str(file))))
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected a file or folder with text, got no /no/where"):
+        list(documents(TextConfig(path="/no/where")))
+    with pytest.raises(UserError, match="expected files with text in .*, got an empty folder"):
+        list(documents(TextConfig(path=str(tmp_path))))
+
+
+@pytest.mark.parametrize("write", [parquet, saved])
+def test_missing_column(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    path = write(tmp_path)
+    with pytest.raises(UserError, match="expected a column 'content' in .*, got .*text; data.field names another"):
+        list(documents(TextConfig(path=str(path), field="content")))
+
+
+def test_bytes_come_back() -> None:
+    tokens = ByteTokens()
+    for text in TEXTS:
+        encoded = tokens.encode(text)
+        assert max(encoded) < tokens.end < tokens.size
+        assert tokens.decode([*encoded, tokens.end]) == text
+
+
+def test_a_tokenizer_of_transformers(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"<end>": 0, "a": 1, "b": 2, "<unk>": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(tmp_path / "with")
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "without")
+    tokens = HuggingFaceTokens(str(tmp_path / "with"))
+    assert (tokens.encode("a b a c"), tokens.size, tokens.end) == ([1, 2, 1, 3], 4, 0)
+    assert tokens.decode([1, 2]) == "a b"
+    with pytest.raises(UserError, match="expected a tokenizer with a token for the end of a text, got .*without"):
+        HuggingFaceTokens(str(tmp_path / "without"))
+    with pytest.raises(UserError, match=f"expected a tokenizer by name or path, got '{tmp_path}/no'"):
+        HuggingFaceTokens(f"{tmp_path}/no")
+
+
+def test_packed_sequences_cross_documents() -> None:
+    rows = Packed(torch.arange(11, dtype=torch.int32), 4)
+    assert [row["input_ids"].tolist() for row in (rows[0], rows[1])] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert len(rows) == 2
+    assert rows[1]["labels"].tolist() == [4, 5, 6, 7]
+
+
+def test_kept_documents_share_no_sequence() -> None:
+    rows = Kept([[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12, 13]], 4)
+    seen = [
+        (row["input_ids"].tolist(), row["attention_mask"].tolist()) for row in map(rows.__getitem__, range(len(rows)))
+    ]
+    assert seen == [
+        ([1, 2, 3, 4], [1, 1, 1, 1]),
+        ([5, 6, 0, 0], [1, 1, 0, 0]),
+        ([7, 8, 0, 0], [1, 1, 0, 0]),
+        ([9, 10, 11, 12], [1, 1, 1, 1]),  # the thirteenth alone would predict nothing
+    ]
+    assert rows[1]["labels"].tolist() == [5, 6, -100, -100]
+
+
+def test_windows_predict_each_token_once() -> None:
+    windows = Windows(torch.arange(15, dtype=torch.int32), 6)
+    counted = [label for row in map(windows.__getitem__, range(len(windows))) for label in row["labels"][1:].tolist()]
+    assert [label for label in counted if label != -100] == list(range(1, 15))
+    assert windows[1]["input_ids"].tolist() == [3, 4, 5, 6, 7, 8]
+    assert windows[1]["labels"].tolist() == [-100, -100, -100, 6, 7, 8]
+
+
+def test_documents_are_held_out_whole(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number:02}.txt").write_text(chr(97 + number) * 9)
+    config = TextConfig(path=str(tmp_path), tokenizer="bytes", length=10, held_out=0.1)
+    splits = load(config)
+    assert (splits.test_tokens, splits.train_tokens) == (20, 180)
+    assert set(splits.test.stream.tolist()) & set(splits.train.stream.tolist()) == {256}
+    assert splits.test.stream.tolist() == load(config).test.stream.tolist()
+    assert load(TextConfig(path=str(tmp_path), tokenizer="bytes", length=10, boundaries="kept"))[0][0].keys() == {
+        "input_ids",
+        "labels",
+        "attention_mask",
+    }
+
+
+def test_of_a_single_document_the_end_is_held_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 60 + "b" * 20)
+    splits = load(TextConfig(path=str(tmp_path / "a.txt"), tokenizer="bytes", length=8, held_out=0.25))
+    assert splits.test.stream.tolist() == [98] * 19 + [256]
+
+
+def test_too_little_text(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected test text of at least data.length=30 tokens, got"):
+        load(TextConfig(path=str(lines(tmp_path)), tokenizer="bytes", length=30))
+    with pytest.raises(UserError, match="expected training text of at least data.length=11 tokens, got 10"):
+        load(TextConfig(path=str(write(tmp_path, "a.txt", b"a" * 20)), tokenizer="bytes", length=11, held_out=0.5))

@@ -1,0 +1,141 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from language_models import VOCABULARY, checkpoint_blocks, make
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.models.mamba import modeling_mamba
+from transformers.models.mamba2 import modeling_mamba2
+
+from cab.students import transformers_mamba
+from cab.students.language import LanguageStudent
+
+FAMILIES = {"mamba": 4, "falcon_mamba": 4, "mamba2": 8}  # with the width of B and C
+
+
+def ids() -> Tensor:
+    return torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+def rows_of_b_and_c(student: LanguageStudent, layer: int) -> tuple[Tensor, Tensor]:
+    """The gradient of the rows that make B, and of those that make C."""
+    mixer, n = student.model.backbone.layers[layer].mixer, student.d_state
+    if hasattr(mixer, "x_proj"):
+        return mixer.x_proj.weight.grad[-2 * n : -n], mixer.x_proj.weight.grad[-n:]
+    inner = mixer.intermediate_size
+    return mixer.in_proj.weight.grad[2 * inner :][:n], mixer.in_proj.weight.grad[2 * inner + n :][:n]
+
+
+def fused_mamba2(
+    projected, weight, bias, dt_bias, A, *, D, chunk_size, rmsnorm_weight, rmsnorm_eps, **options
+) -> Tensor:
+    """What mamba_ssm's fused call does where it is installed: everything behind in_proj, B and C inside."""
+    batch, length, _ = projected.shape
+    heads, head_dim, groups = len(dt_bias), options["headdim"], options["ngroups"]
+    gate, x, dt = projected.split([heads * head_dim, len(weight), heads], dim=-1)
+    x = F.silu(F.conv1d(F.pad(x.transpose(1, 2), (3, 0)), weight[:, None], bias, groups=len(weight))).transpose(1, 2)
+    state = (len(weight) - heads * head_dim) // 2
+    u, B, C = x.split([heads * head_dim, state, state], dim=-1)
+    B, C = (part.reshape(batch, length, groups, -1) for part in (B, C))
+    u = u.reshape(batch, length, heads, head_dim)
+    y = modeling_mamba2.mamba2_chunk_scan(u, dt, A, B, C, chunk_size, D=D, dt_bias=dt_bias, dt_softplus=True)
+    norm = modeling_mamba2.MambaRMSNormGated(heads * head_dim, heads * head_dim // groups, rmsnorm_eps)
+    norm.weight = rmsnorm_weight
+    return F.linear(norm(y.flatten(2), gate), options["outproj_weight"], options["outproj_bias"])
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "mamba_ssm"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_b_and_c_carry_their_gradient_to_every_layer(family, checkpointing, fused, monkeypatch) -> None:
+    """Also where one fused call hides them, and where the backward pass runs every block a second time."""
+    student, plain = LanguageStudent(make(family)), LanguageStudent(make(family))
+    if fused:
+        monkeypatch.setattr(modeling_mamba, "mamba_inner_fn", None)  # our mixer does not call it
+        monkeypatch.setattr(modeling_mamba2, "mamba2_split_conv1d_scan_combined", fused_mamba2)
+    student.train()
+    if checkpointing:
+        checkpoint_blocks(student.model)
+    hidden, projections = student.forward_with_projections(ids())
+    expected_hidden, expected = plain.eval().forward_with_projections(ids())
+    torch.testing.assert_close(hidden, expected_hidden, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(projections, expected, rtol=1e-4, atol=1e-6)
+    for name, side in (("B", 0), ("C", 1)):
+        torch.stack([getattr(layer, name).square().sum() for (layer,) in projections]).sum().backward(retain_graph=True)
+        for layer in range(student.num_layers):
+            rows = rows_of_b_and_c(student, layer)
+            assert (rows[side].abs().sum(dim=1) > 0).all(), (name, layer)
+        student.zero_grad()
+    assert student._seen is None  # what the repeated blocks show is kept by no one
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_b_and_c_are_those_of_the_scan(family, monkeypatch) -> None:
+    given: list[tuple[Tensor, Tensor]] = []
+    ours = (transformers_mamba, "selective_scan_fn")
+    module, name = (modeling_mamba2, "mamba2_chunk_scan") if family == "mamba2" else ours
+    original = getattr(module, name)
+
+    def watched(u, delta, A, B, C, *args, **kwargs):
+        given.append((B.flatten(2), C.flatten(2)) if family == "mamba2" else (B.mT, C.mT))
+        return original(u, delta, A, B, C, *args, **kwargs)
+
+    monkeypatch.setattr(module, name, watched)
+    mask = torch.ones(2, 11, dtype=torch.int64)
+    mask[1, :3] = 0
+    with torch.no_grad():
+        _, projections = LanguageStudent(make(family)).forward_with_projections(ids(), mask)
+    assert len(given) == len(projections) == 2
+    for (layer,), (B, C) in zip(projections, given, strict=True):
+        assert layer.B.shape == (2, 11, FAMILIES[family])
+        torch.testing.assert_close((layer.B[mask.bool()], layer.C[mask.bool()]), (B[mask.bool()], C[mask.bool()]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_is_the_same_with_and_without_projections(family: str) -> None:
+    student = LanguageStudent(make(family))
+    with torch.no_grad():
+        hidden = student(ids())
+        assert torch.equal(hidden, student.forward_with_projections(ids())[0])
+        torch.testing.assert_close(student.logits(hidden), make(family)(ids()).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    student = LanguageStudent(make("mamba")).train()
+    checkpoint_blocks(student.model, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="gradient checkpointing must run with .*'use_reentrant': False"):
+        student.forward_with_projections(ids())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_start_at_linear_attention(family: str) -> None:
+    """With A ~ 0 the state forgets nothing: it is the sum of all that came in."""
+    student = LanguageStudent(make(family))
+    student.start_at_linear_attention()
+    for layer in student.model.backbone.layers:
+        decay = torch.exp(-layer.mixer.A_log.exp() * 100)  # over a step a thousand times as long as they start
+        assert torch.allclose(decay, torch.ones(()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_spared_from_decay(family: str) -> None:
+    spared = {name.removeprefix("model.backbone.layers.") for name in LanguageStudent(make(family)).no_weight_decay()}
+    own = ("A_log", "D", "dt_bias") if family == "mamba2" else ("A_log", "D")
+    assert spared == {f"{layer}.mixer.{name}" for layer in range(2) for name in own}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_alone_and_generating(family: str, tmp_path) -> None:
+    student = LanguageStudent(make(family))
+    student.forward_with_projections(ids())
+    student.model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(loaded.generate(ids(), **settings), student.model.generate(ids(), **settings))
+
+
+def test_model_without_b_and_c() -> None:
+    with pytest.raises(
+        ValueError, match="expected a model with B and C, .* got LlamaForCausalLM of model_type 'llama'"
+    ):
+        LanguageStudent(make("llama"))

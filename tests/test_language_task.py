@@ -1,0 +1,168 @@
+"""The first tests of every student: the alignment reaches it, and the bridges are trained."""
+
+import pytest
+import torch
+from language_models import VOCABULARY, checkpoint_blocks, make
+from torch import Tensor, nn
+
+from cab.bridge import Bridges
+from cab.distill.language import LanguageTask
+from cab.distill.schedule import AlignmentSchedule
+from cab.distill.task import LossWeights
+from cab.distill.token_losses import Divergence
+from cab.students.language import LanguageStudent
+from cab.teachers.huggingface import HuggingFaceTeacher
+
+STUDENTS = ("mamba", "falcon_mamba", "mamba2")
+
+
+def make_task(student: str = "mamba", teacher: str = "llama", **options: object) -> LanguageTask:
+    """Four layers learn from two; Q of the Llama has four heads, K two."""
+    student = LanguageStudent(make(student, num_hidden_layers=4))
+    teacher = HuggingFaceTeacher(make(teacher, seed=1))
+    torch.manual_seed(2)
+    bridges = Bridges(4, 1, student.d_state, 24, teacher.key_width, teacher.query_width)
+    return LanguageTask(student, teacher, bridges, **options).train()
+
+
+def batch() -> dict[str, Tensor]:
+    """Two sequences, the second with three tokens of padding at its end."""
+    ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, -3:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("teacher", ["llama", "gpt2", "falcon", "gptj"])
+@pytest.mark.parametrize("student", STUDENTS)
+def test_alignment_alone_reaches_student_and_bridges(student: str, teacher: str, checkpointing: bool) -> None:
+    """The published code fails here: its bridges are in no optimiser."""
+    task = make_task(student, teacher, weights=LossWeights(kd=0.0))
+    task.student.start_at_linear_attention()
+    if checkpointing:
+        checkpoint_blocks(task.student.model)
+    task(**batch())["loss"].backward()
+    n = task.student.d_state
+    for layer in task.student.model.backbone.layers:
+        mixer = layer.mixer
+        of_b_and_c = (
+            mixer.in_proj.weight.grad[2 * mixer.intermediate_size :][: 2 * n]
+            if student == "mamba2"
+            else mixer.x_proj.weight.grad[-2 * n :]
+        )
+        assert (of_b_and_c.abs().sum(dim=1) > 0).all()
+        assert (mixer.in_proj.weight.grad.abs().sum(dim=1) > 0).any()
+    for name, parameter in task.bridges.named_parameters():
+        per_bridge = parameter.grad.flatten(1).abs().sum(dim=1)
+        assert len(per_bridge) == 4, name
+        assert (per_bridge > 0).all(), name
+
+
+def test_loss_is_the_formula() -> None:
+    """Against bridges, layer map and mask written out, in float64; K has half the width of Q."""
+    task = make_task(
+        weights=LossWeights(kd=0.5, ce=2.0, temperature=3.0),
+        schedule=AlignmentSchedule(weight=0.25),
+        divergence=Divergence("reverse"),
+        chunk=4,
+    ).double()
+    given = batch()
+    ids, mask = given["input_ids"], given["attention_mask"].bool()
+    result = task(**given)
+
+    layers: dict[int, tuple[Tensor, Tensor]] = {}
+    teacher = task.teacher.logits(task.teacher(ids, mask, lambda layer, q, k: layers.update({layer: (q, k)})))
+    hidden, projections = task.student.forward_with_projections(ids, given["attention_mask"])
+    student = task.student.logits(hidden)
+    following = mask[:, 1:]
+
+    def mse(stack: nn.Module, index: int, x: Tensor, target: Tensor) -> Tensor:
+        inner = nn.functional.silu(x @ stack.w1[index].T + stack.b1[index])
+        residual = inner @ stack.w2[index].T + stack.b2[index] - target.transpose(1, 2).flatten(2)
+        return residual[mask].square().mean()
+
+    align = torch.zeros((), dtype=torch.float64)
+    for layer, ((B, C),) in enumerate(projections):
+        query, key = layers[layer // 2]
+        assert (query.shape[1], key.shape[1]) == (4, 2)
+        align += (mse(task.bridges.key, layer, B, key) + mse(task.bridges.query, layer, C, query)) / 4
+    p, q = ((logits[:, :-1][following] / 3).softmax(-1) for logits in (teacher, student))
+    kl = 9 * (q * (q / p).log()).sum(-1).mean()
+    ce = nn.functional.cross_entropy(student[:, :-1][following], ids[:, 1:][following])
+
+    assert result.keys() == {"loss", "kl", "ce", "align"}
+    # The bridge op returns float32.
+    torch.testing.assert_close(result["align"].double(), align, rtol=1e-5, atol=0)
+    torch.testing.assert_close(result["kl"], kl, rtol=1e-6, atol=0)
+    torch.testing.assert_close(result["ce"], ce, rtol=1e-6, atol=0)
+    torch.testing.assert_close(result["loss"].double(), 0.5 * kl + 2 * ce + 0.25 * align, rtol=1e-5, atol=0)
+
+
+def test_padding_changes_nothing() -> None:
+    task, given = make_task(weights=LossWeights(ce=1.0)), batch()
+    alone = {name: tensor[1:, :6] for name, tensor in given.items()}
+    padded = {name: tensor[1:] for name, tensor in given.items()}
+    torch.testing.assert_close(task(**padded), task(**alone), rtol=1e-4, atol=1e-6)
+
+
+def test_labels_leave_a_prompt_out() -> None:
+    task, given = make_task(weights=LossWeights(ce=1.0)), batch()
+    labels = given["input_ids"].clone()
+    labels[0] = -100
+    labels[1, 6:] = -100
+    got, expected = task(**given, labels=labels), task(**{name: tensor[1:] for name, tensor in given.items()})
+    torch.testing.assert_close((got["kl"], got["ce"]), (expected["kl"], expected["ce"]), rtol=1e-4, atol=1e-6)
+
+
+def test_training_the_alignment_lowers_it_through_the_student() -> None:
+    """With the bridges held fixed, the student alone must be able to lower the alignment loss."""
+    task = make_task(weights=LossWeights(kd=0.0))
+    task.bridges.requires_grad_(False)
+    optimizer = torch.optim.AdamW(task.student.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = task(**batch())["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_teacher_is_neither_trained_nor_saved_but_moves_along() -> None:
+    task = make_task()
+    assert {name.split(".")[0] for name, _ in task.named_parameters()} == {"student", "bridges"}
+    assert {name.split(".")[0] for name in task.state_dict()} == {"student", "bridges"}
+    task.double()
+    assert next(task.teacher.parameters()).dtype == torch.float64
+    of_student = {name.rsplit(".", 1)[-1] for name in task.no_weight_decay() if name.startswith("student.model.")}
+    assert of_student == {"A_log", "D"}
+
+
+def test_no_bridge_is_run_where_the_alignment_weighs_nothing() -> None:
+    task = make_task(schedule=AlignmentSchedule("until", weight=1.0, until=0.5))
+    assert "align" in task(**batch())
+    task.advance(5, 10)
+    assert task(**batch()).keys() == {"loss", "kl"}
+
+
+def test_cross_entropy_alone_needs_no_teacher() -> None:
+    model = make("mamba2")
+    task = LanguageTask(LanguageStudent(model), weights=LossWeights(kd=0.0, ce=1.0))
+    ids = batch()["input_ids"]
+    torch.testing.assert_close(task(ids)["loss"], model(ids, labels=ids).loss, rtol=1e-4, atol=1e-6)
+
+
+def test_vocabularies_that_differ() -> None:
+    student, teacher = LanguageStudent(make("mamba", vocab_size=64)), HuggingFaceTeacher(make("llama"))
+    with pytest.raises(ValueError, match="got 64 logits of the student and 48 of the teacher"):
+        LanguageTask(student, teacher)
+    task = LanguageTask(student, teacher, tokens=45)
+    assert torch.isfinite(task(torch.randint(45, (2, 5)))["loss"])
+
+
+def test_bridges_that_do_not_fit() -> None:
+    task = make_task()
+    with pytest.raises(ValueError, match=r"LanguageTask: expected bridges .* = \(4, 4, 16, 32\), got \(4, 4, 32, 32\)"):
+        LanguageTask(task.student, task.teacher, Bridges(4, 1, 4, 24, 32, 32))

@@ -1,0 +1,146 @@
+import pytest
+import torch
+from language_models import VOCABULARY, make
+from torch import Tensor, nn
+
+from cab.teachers.huggingface import HuggingFaceTeacher
+
+# Scale of the scores where it is not 1 / sqrt(head_dim) = 8 ** -0.5.
+SCALES = {"opt": 1.0, "gpt_neo": 1.0, "granite": 1.0, "gemma2": 1 / 16, "gemma3_text": 1 / 16}
+# Heads of K where they are fewer than the four of Q.
+KEY_HEADS = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "olmo2", "smollm3", "cohere", "granite"), 2),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "gpt_oss"), 2),
+    **dict.fromkeys(("gpt_bigcode", "falcon"), 1),
+}
+# Those whose scores are more than scale * Q K^T: biased by distance, capped, or joined by a sink.
+OTHER_SCORES = ("bloom", "gemma2", "gpt_oss")
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gpt2", "opt", "gpt_neox", "gemma", "gemma2", "gemma3_text"),
+    *(
+        "olmo2",
+        "smollm3",
+        "cohere",
+        "granite",
+        "gpt_bigcode",
+        "gpt_oss",
+        "gptj",
+        "gpt_neo",
+        "codegen",
+        "bloom",
+        "falcon",
+    ),
+)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Two sequences, the second with three tokens of padding on its left."""
+    ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    return ids, mask
+
+
+def layers_of(teacher: HuggingFaceTeacher, ids: Tensor, mask: Tensor | None = None) -> list[tuple[int, Tensor, Tensor]]:
+    seen: list[tuple[int, Tensor, Tensor]] = []
+    teacher(ids, mask, lambda *layer: seen.append(layer))
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_shows_q_and_k_and_keeps_its_logits(family: str) -> None:
+    teacher, (ids, mask) = HuggingFaceTeacher(make(family)), batch()
+    seen: list[tuple[int, Tensor, Tensor]] = []
+    logits = teacher.logits(teacher(ids, mask, lambda *layer: seen.append(layer)))
+    with torch.no_grad():
+        # Padding included: an attention function without its mask function silently attends to it.
+        expected = make(family)(ids, attention_mask=mask).logits
+        torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-5)
+        assert (logits[1, -1] - teacher.logits(teacher(ids))[1, -1]).abs().max() > 1e-3
+    heads = KEY_HEADS.get(family, 4)
+    assert [layer for layer, _, _ in seen] == [0, 1]
+    assert all(query.shape == (2, 4, 9, 8) and key.shape == (2, heads, 9, 8) for _, query, key in seen)
+    assert not any(tensor.requires_grad for layer in seen for tensor in layer[1:])
+    assert (teacher.num_layers, teacher.query_width, teacher.key_width) == (2, 32, 8 * heads)
+    assert teacher.vocab_size == VOCABULARY
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in OTHER_SCORES])
+def test_q_and_k_are_those_of_the_scores(family: str) -> None:
+    """After rotary embedding and normalisation: the attention maps of the untouched model come out of them."""
+    teacher, (ids, _) = HuggingFaceTeacher(make(family)), batch()
+    untouched = make(family, attn_implementation="eager")
+    with torch.no_grad():
+        maps = untouched(ids, output_attentions=True).attentions
+    future = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    for layer, query, key in layers_of(teacher, ids):
+        key = key.repeat_interleave(4 // key.shape[1], dim=1)
+        scores = query @ key.transpose(-1, -2) * SCALES.get(family, 8**-0.5)
+        torch.testing.assert_close(
+            scores.masked_fill(future, -torch.inf).softmax(-1), maps[layer], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_teacher_is_frozen_and_stays_in_evaluation_mode() -> None:
+    teacher, (ids, mask) = HuggingFaceTeacher(make("gpt2", resid_pdrop=0.9)), batch()
+    teacher.train()
+    assert torch.equal(teacher(ids, mask), teacher(ids, mask))
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_callback_runs_with_the_callers_gradient_mode() -> None:
+    teacher, (ids, mask), modes = HuggingFaceTeacher(make("llama")), batch(), []
+    teacher(ids, mask, lambda *layer: modes.append(torch.is_grad_enabled()))
+    with torch.no_grad():
+        teacher(ids, mask, lambda *layer: modes.append(torch.is_grad_enabled()))
+    assert modes == [True, True, False, False]
+
+
+def test_sixteen_bit_teacher() -> None:
+    teacher, (ids, mask) = HuggingFaceTeacher(make("qwen3").bfloat16()), batch()
+    assert [query.dtype for _, query, _ in layers_of(teacher, ids, mask)] == [torch.bfloat16] * 2
+
+
+def test_model_generates_as_before() -> None:
+    ids, _ = batch()
+    model = make("llama")
+    HuggingFaceTeacher(model)
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(ids, **settings), make("llama").generate(ids, **settings))
+
+
+def test_longer_than_its_positions() -> None:
+    teacher = HuggingFaceTeacher(make("gpt2"))
+    with pytest.raises(ValueError, match="GPT2LMHeadModel expected at most 64 tokens, got 65"):
+        teacher(torch.zeros(1, 65, dtype=torch.int64))
+
+
+def test_model_without_attention_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot read Q and K of MambaForCausalLM: it has no attention heads"):
+        HuggingFaceTeacher(make("mamba"))
+
+
+def test_a_layer_that_shows_nothing_is_counted() -> None:
+    model = make("llama")
+    model.model.layers[1].self_attn = Nothing()
+    with pytest.raises(ValueError, match="LlamaForCausalLM: expected Q and K of 2 layers, got 1"):
+        HuggingFaceTeacher(model)
+
+
+def test_layers_of_different_sizes_are_refused() -> None:
+    model = make("opt")
+    model.model.decoder.layers[1].self_attn = make("opt", num_attention_heads=2).model.decoder.layers[1].self_attn
+    with pytest.raises(ValueError, match="its layers have Q and K of different sizes"):
+        HuggingFaceTeacher(model)
+
+
+def test_logits_that_are_made_otherwise_are_refused() -> None:
+    model = make("llama")
+    model.config.final_logit_softcapping = 0.1  # of other families; this one knows nothing of it
+    with pytest.raises(ValueError, match="its logits are not its last hidden states times its output embeddings"):
+        HuggingFaceTeacher(model)
+
+
+class Nothing(nn.Module):
+    def forward(self, hidden_states: Tensor, **kwargs: object) -> tuple[Tensor, None]:
+        return hidden_states, None
