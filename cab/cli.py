@@ -74,11 +74,20 @@ def _add_distill(commands: argparse._SubParsersAction) -> None:
         "distill",
         help="train the arms of a run and compare them",
         description="Train one student for each arm, with the same teacher, data, order of data and steps, and end "
-        "with a table and learning curves. The values come from a preset, then --config, then --set.",
-        epilog="examples: cab distill | cab distill --preset vision --set data.root=imagenet --set data.fraction=0.1 | "
-        "cab distill --set arms=cab,ce --set optim.steps=600",
+        "with a table and learning curves. The values come from a preset, then --config, then the flags and --set.",
+        epilog="examples: cab distill | cab distill --preset imagenet-vim-tiny --teacher deit_tiny_patch16_224 --data "
+        "/data/imagenet --fraction 0.01 | cab distill --set arms=cab,ce --set optim.steps=600 | torchrun "
+        "--nproc-per-node 8 -m cab distill --preset imagenet-vim-tiny --data /data/imagenet",
     )
     parser.add_argument("--preset", metavar="NAME", help="where the values start from; default: digits")
+    parser.add_argument("--teacher", metavar="NAME", help="the same as --set teacher.name=NAME")
+    parser.add_argument("--student", metavar="NAME", help="the same as --set student.name=NAME")
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="your images (a folder with train/CLASS/*.jpg and val/CLASS/*.jpg) or text; default preset: vision",
+    )
+    parser.add_argument("--fraction", metavar="F", help="the same as --set data.fraction=F")
     parser.add_argument("--config", metavar="FILE", type=Path, help="YAML file with values; see --print-config")
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="one value, such as optim.lr=1e-3; repeatable"
@@ -123,30 +132,49 @@ def _add_subset(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(command=_subset)
 
 
+def _settings(options: argparse.Namespace) -> list[str]:
+    """The flags as settings, before those of --set, which win."""
+    flags = {"teacher.name": options.teacher, "student.name": options.student, "data.fraction": options.fraction}
+    return [f"{key}={value}" for key, value in flags.items() if value is not None] + options.set
+
+
 def _distill(options: argparse.Namespace) -> None:
-    if options.resume and (options.preset or options.config or options.set or options.out):
+    settings = _settings(options)
+    if options.resume and (options.preset or options.config or settings or options.data or options.out):
         raise UserError("expected --resume alone, since the run's own configuration holds; got other options beside it")
     if options.print_config:
-        print(to_yaml(resolve(options.preset, options.config, options.set)), end="")
+        print(to_yaml(resolve(options.preset, options.config, settings, options.data)), end="")
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"expected one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
     if options.resume:
         config, folder = of_run(options.resume), options.resume
     else:
-        config = resolve(options.preset, options.config, options.set)
+        config = resolve(options.preset, options.config, settings, options.data)
         folder = options.out or Path("runs") / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(
-                f"expected a new or empty folder for --out, got {folder}; --resume {folder} goes on with it"
-            )
+    _join(config.device)
+    from cab import processes
     from cab.run import distill
 
+    folder, taken = processes.agree(
+        (folder, not options.resume and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())))
+    )
+    if taken:
+        raise UserError(f"expected a new or empty folder for --out, got {folder}; --resume {folder} goes on with it")
     try:
         distill(config, folder, print)
+        processes.leave()
     except KeyboardInterrupt:
         print(f"\ninterrupted; cab distill --resume {folder} goes on", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _join(device: str) -> None:
+    """Join the other processes where torchrun has started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch
+
+        from cab import processes
+
+        processes.start(int(os.environ["LOCAL_RANK"]), cpu=device == "cpu" or not torch.cuda.is_available())
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -20,11 +20,15 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, default_collate
 
+import cab.processes as processes
+from cab.callbacks import METRICS, read_metrics
 from cab.config import LanguageConfig, RunConfig, UserError
 from cab.distill.task import DistillationTask
+from cab.files import write_whole
+from cab.recipe import Batch
 from cab.report import Measure, Row, plot, table
 from cab.settings import CONFIG, of_arm, of_run, to_yaml
-from cab.trainer import METRICS, TaskTrainer, read_metrics
+from cab.trainer import TaskTrainer
 
 RESULT = "result.json"
 
@@ -37,7 +41,7 @@ def distill(config: RunConfig, folder: Path, say: Say) -> list[Row]:
     Args:
         config: of the run.
         folder: of the run, made here; a folder that holds files must hold this very run.
-        say: takes each line of the report.
+        say: takes each line of the report; where several processes share the run, in the first of them.
 
     Returns:
         The rows of the table that was reported.
@@ -93,20 +97,27 @@ class Run(ABC):
         full: the whole training split, for a teacher that is trained on the spot.
         train: the student's part of it.
         test: what is evaluated.
+        mix: makes the batch that is trained on from one that was loaded; None where that is the same.
     """
 
     measure: ClassVar[Measure]
     full: Dataset[Any]
     train: Dataset[Any]
     test: Dataset[Any]
+    mix: Callable[[Batch], Batch] | None = None
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config = config
         self.folder = folder
+        self.writes = processes.rank() == 0
 
     @abstractmethod
     def describe(self) -> str:
-        """A line about the data; what must be kept of them is written to the folder."""
+        """A line about the data."""
+
+    @abstractmethod
+    def save_data(self) -> None:
+        """Write to the folder what must be kept of the data."""
 
     @abstractmethod
     def teacher_model(self, trained: bool = False) -> nn.Module:
@@ -135,9 +146,12 @@ class Run(ABC):
     def distill(self, say: Say) -> list[Row]:
         arms = {name: of_arm(self.config, name) for name in self.config.arms}
         self._check(arms)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / CONFIG).write_text(to_yaml(self.config))
-        say(self.describe())
+        processes.wait()  # until none of them looks for what the first is about to write
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / CONFIG, to_yaml(self.config))
+            self.save_data()
+            say(self.describe())
         rows = []
         teacher = None
         if any(map(needs_teacher, arms.values())):
@@ -145,7 +159,8 @@ class Run(ABC):
             rows.append(row)
         for name, arm in arms.items():
             rows.append(self._arm(name, arm, teacher))
-        self._report(rows, say)
+        if self.writes:
+            self._report(rows, say)
         return rows
 
     def evaluate(self) -> list[Row]:
@@ -178,13 +193,16 @@ class Run(ABC):
         if config.teacher.steps:
             optim = dataclasses.replace(config.optim, steps=config.teacher.steps, lr=config.teacher.lr)
             plan = dataclasses.replace(config, optim=optim)
-            trainer = TaskTrainer(self.supervised_task(model), plan, folder, self.full, self.test, "teacher")
+            task = self.supervised_task(model)
+            trainer = TaskTrainer(task, plan, folder, self.full, self.test, "teacher", self.mix)
             outcome = trainer.run(resume=True)
-            self.save_teacher(model.cpu())
+            model.cpu()
+            if self.writes:
+                self.save_teacher(model)
             row = Row("teacher", outcome.test[self.measure.name], None, outcome.seconds, outcome.samples_per_second)
         else:
             row = Row("teacher", self._measured(model, folder))
-        (folder / RESULT).write_text(json.dumps(row._asdict()) + "\n")
+        self._keep(row, folder)
         return row, model
 
     def _arm(self, name: str, config: RunConfig, teacher: nn.Module | None) -> Row:
@@ -192,13 +210,20 @@ class Run(ABC):
         if (folder / RESULT).is_file():
             return Row(**json.loads((folder / RESULT).read_text()))
         task = self.distillation_task(config, teacher if needs_teacher(config) else None)
-        outcome = TaskTrainer(task, config, folder, self.train, self.test, name).run(resume=True)
+        outcome = TaskTrainer(task, config, folder, self.train, self.test, name, self.mix).run(resume=True)
         task.cpu()
-        self.save_student(task, folder)
+        if self.writes:
+            self.save_student(task, folder)
         score, align = outcome.test[self.measure.name], outcome.test.get("align")
         row = Row(name, score, align, outcome.seconds, outcome.samples_per_second)
-        (folder / RESULT).write_text(json.dumps(row._asdict()) + "\n")
+        self._keep(row, folder)
         return row
+
+    def _keep(self, row: Row, folder: Path) -> None:
+        """Write down what an ended training came to: from here on it is not done again."""
+        if self.writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / RESULT, json.dumps(row._asdict()) + "\n")
 
     def _measured(self, model: nn.Module, folder: Path) -> float:
         trainer = TaskTrainer(self.supervised_task(model), self.config, folder, self.train, self.test)
@@ -211,7 +236,7 @@ class Run(ABC):
             "rows": [row._asdict() for row in rows],
             "environment": _environment(),
         }
-        (self.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_whole(self.folder / "results.json", json.dumps(results, indent=1) + "\n")
         metrics = {name: read_metrics(self.folder / name / METRICS) for name in config.arms}
         title = f"{config.preset}: {config.student.name} taught by {config.teacher.name}"
         plot(self.measure, metrics, scores.get("teacher"), title, self.folder / "curves.png")

@@ -108,7 +108,7 @@ def test_the_saved_configuration_reproduces_the_run(finished: Path, tmp_path: Pa
         (["distill", "--set", "optim.lrr=1"], "expected a known key, got 'optim.lrr'; did you mean 'optim.lr'?"),
         (
             ["distill", "--preset", "digit"],
-            "expected preset to be one of digits, vision, lm-local, lm, got 'digit'; did you mean",
+            "expected preset to be one of digits, vision, imagenet-vim-tiny, ",
         ),
         (["distill", "--config", "no.yaml"], "expected a configuration file, got no file no.yaml"),
         (["distill", "--preset", "vision"], "expected data.root, a folder with train/CLASS and val/CLASS, got none"),
@@ -143,6 +143,18 @@ def test_the_saved_configuration_reproduces_the_run(finished: Path, tmp_path: Pa
         (["distill", "--set", "data.index=no.json"], "expected an index file, got no file no.json"),
         (["distill", "--resume", "no"], "expected the folder of a run, got no folder no"),
         (["distill", "--resume", "no", "--set", "seed=1"], "expected --resume alone, "),
+        (["distill", "--resume", "no", "--data", "x"], "expected --resume alone, "),
+        (
+            ["distill", "--teacher", "vit_tinny_patch16_224"],
+            "expected teacher.name to be a model that timm knows, got ",
+        ),
+        (["distill", "--student", "mamba"], "expected student.name to be one of vim_base_patch16_224, "),
+        (["distill", "--fraction", "2"], "expected data.fraction to be at most 1, got 2.0"),
+        (
+            ["distill", "--set", "bridge.layer_map=0,1"],
+            "layer_map: expected proportional, last-1 to last-4, or 4 teacher layers from 0 to 3 that never go back, got",
+        ),
+        (["distill", "--data", "no"], "expected a folder no/train with one folder of images for each class, got no "),
         (["eval", "no"], "expected the folder of a run, got no folder no"),
         (["subset", "no", "--fraction", "0.1", "--out", "i.json"], "expected a folder no/train with one folder of "),
     ],
@@ -267,12 +279,6 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     )
 
 
-def test_one_process_a_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["distill"]) == 2
-    assert capsys.readouterr().err == "cab distill: expected one process, got WORLD_SIZE=2\n"
-
-
 def test_presets_and_arms_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets"]) == 0
     words = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
@@ -310,6 +316,13 @@ finally:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--print-config" in done.stdout
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_flags_reach_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--teacher", "deit_base_patch16_224", "--student", "vim_small_patch16_224", "--fraction", "0.01"]
+    assert main(["distill", "--data", "/data/x", *flags, "--print-config"]) == 0
+    lines = [line.split("  #")[0].strip() for line in capsys.readouterr().out.splitlines()]
+    assert {"preset: vision", "root: /data/x", "name: deit_base_patch16_224", "fraction: 0.01"} <= set(lines)
 
 
 def test_the_module_exits_with_the_status() -> None:

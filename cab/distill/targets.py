@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import cab.processes as processes
+
 TargetKind = Literal["raw", "standardised", "softmax"]
 
 
@@ -47,7 +49,10 @@ class RunningStatistics(nn.Module):
         """
         variance, mean = torch.var_mean(value.float(), dim=(0, 2), correction=0)
         mean, spread = mean.flatten(), variance.flatten()
-        tokens = value.shape[0] * value.shape[2]
+        tokens = value.shape[0] * value.shape[2] * processes.count()
+        # Where several processes share a batch, each takes in all of it; their shares are equal.
+        whole = processes.mean(mean)
+        mean, spread = whole, processes.mean(spread + (mean - whole).square())
         before = self.count[layer].clone()
         share = (tokens / (before + tokens)).float()
         difference = mean - self.mean[layer]
