@@ -60,6 +60,13 @@ def teacher_model(config: VisionConfig, classes: int, weights: Path | None = Non
     return model
 
 
+def student_options(config: VisionConfig) -> dict[str, Any]:
+    """What timm must be told to make a student of the same shape, beside its name and its classes."""
+    student = config.student
+    options = {name: getattr(student, name) for name in _SHAPE_OF_STUDENT}
+    return {"img_size": config.data.image_size, **{name: value for name, value in options.items() if value is not None}}
+
+
 def student_model(config: VisionConfig, classes: int) -> ImageStudent:
     """The student with new weights: with one seed the same for every arm, but for A where the arms differ in it."""
     student = config.student

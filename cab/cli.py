@@ -61,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_distill(commands)
     _add_eval(commands)
+    _add_report(commands)
+    _add_export(commands)
     _add_presets(commands)
     _add_subset(commands)
     for name, command in commands.choices.items():
@@ -108,7 +110,35 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
     parser.add_argument("--data", metavar="DIR", help="other images (a folder with train/ and val/) or another text")
+    parser.add_argument(
+        "--attention", metavar="FILE", type=Path, help="also draw the similarity of teacher's and students' attention"
+    )
     parser.set_defaults(command=_eval)
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="compare runs: a table and curves",
+        description="Print a table of all arms of some runs, as far as they have come, and draw their learning curves.",
+    )
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs")
+    parser.add_argument("--out", metavar="FILE", type=Path, default=Path("report.png"), help="default: report.png")
+    parser.set_defaults(command=_report)
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a student on its own",
+        description="Write the student of an arm, without bridges or optimiser, into a file that timm loads, and print "
+        "the line of Python that loads it (after 'import cab.students.vim').",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    parser.add_argument("file", metavar="FILE", type=Path, help=".pth for timm, .safetensors for safetensors")
+    parser.add_argument("--arm", metavar="NAME", help="which arm; needed where the run has several")
+    parser.add_argument("--to", choices=("timm", "safetensors"), default="safetensors", help="default: safetensors")
+    parser.set_defaults(command=_export)
 
 
 def _add_presets(commands: argparse._SubParsersAction) -> None:
@@ -179,9 +209,26 @@ def _join(device: str) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     from cab.report import table
-    from cab.run import evaluate
+    from cab.run import compare_attention, evaluate
 
     print(table(*evaluate(options.run, options.data)))
+    if options.attention:
+        compare_attention(options.run, options.attention, options.data)
+        print(f"similarity of the attention: {options.attention}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from cab.report import table
+    from cab.run import report
+
+    print(table(*report(options.runs, options.out)))
+    print(f"learning curves: {options.out}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from cab.export import export
+
+    print(export(options.run, options.arm, options.to, options.file))
 
 
 def _presets(options: argparse.Namespace) -> None:

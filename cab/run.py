@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,9 +26,9 @@ from cab.config import LanguageConfig, RunConfig, UserError
 from cab.distill.task import DistillationTask
 from cab.files import write_whole
 from cab.recipe import Batch
-from cab.report import Measure, Row, plot, table
+from cab.report import ACCURACY, PERPLEXITY, Measure, Row, plot, plot_similarity, table
 from cab.settings import CONFIG, of_arm, of_run, to_yaml
-from cab.trainer import TaskTrainer
+from cab.trainer import Outcome, TaskTrainer
 
 RESULT = "result.json"
 
@@ -62,12 +62,57 @@ def evaluate(folder: Path, data: str | None = None) -> tuple[Measure, list[Row]]
     Raises:
         UserError: not the folder of a run, or no arm of it has ended.
     """
-    config: Any = of_run(folder)
-    if data is not None:
-        source = "path" if isinstance(config, LanguageConfig) else "root"
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, **{source: data}))
-    run = _run(config, folder)
+    run = _run(_with_data(folder, data), folder)
     return run.measure, run.evaluate()
+
+
+def report(folders: Sequence[Path], file: Path) -> tuple[Measure, list[Row]]:
+    """Draw the curves of all arms of some runs into one figure, and return a row for each that has ended.
+
+    Args:
+        folders: of the runs, on images all or on text all.
+        file: where the PNG goes.
+
+    Raises:
+        UserError: not the folder of a run, runs of different kinds, or nothing trained yet.
+    """
+    configs = [of_run(folder) for folder in folders]
+    if len({type(config) for config in configs}) > 1:
+        raise UserError("expected runs on images, or runs on text, got both")
+    measure = PERPLEXITY if isinstance(configs[0], LanguageConfig) else ACCURACY
+    metrics, rows = {}, []
+    for folder, config in zip(folders, configs, strict=True):
+        prefix = f"{folder.name}/" if len(folders) > 1 else ""
+        for name in ("teacher", *config.arms):
+            entries = read_metrics(folder / name / METRICS)
+            if entries and name != "teacher":
+                metrics[prefix + name] = entries
+            if (folder / name / RESULT).is_file():
+                row = Row(**json.loads((folder / name / RESULT).read_text()))
+                rows.append(row._replace(name=prefix + name))
+    if not metrics:
+        raise UserError(f"expected a run with metrics, got none in {', '.join(map(str, folders))}")
+    levels = {row.score for row in rows if row.name.rpartition("/")[2] == "teacher"}
+    plot(measure, metrics, levels.pop() if len(levels) == 1 else None, ", ".join(f.name for f in folders), file)
+    return measure, rows
+
+
+def compare_attention(folder: Path, file: Path, data: str | None = None, images: int = 256) -> None:
+    """Draw how alike the attention of teacher and students are, layer by layer, on the first images of the test split.
+
+    Raises:
+        UserError: not the folder of a run on images, or no arm of it has ended.
+    """
+    run = _run(_with_data(folder, data), folder)
+    plot_similarity(run.attention_similarity(images), file)
+
+
+def _with_data(folder: Path, data: str | None) -> RunConfig:
+    config: Any = of_run(folder)
+    if data is None:
+        return config
+    source = "path" if isinstance(config, LanguageConfig) else "root"
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **{source: data}))
 
 
 def _run(config: RunConfig, folder: Path) -> Run:
@@ -143,6 +188,10 @@ class Run(ABC):
     def load_student(self, arm: Any, folder: Path) -> nn.Module | None:
         """What :meth:`save_student` has kept, None where the arm has not ended."""
 
+    def attention_similarity(self, images: int) -> dict[str, list[float]]:
+        """Of every arm that has ended, the similarity of each layer's attention with its teacher layer's."""
+        raise UserError(f"expected a run on images for the attention's similarity, got {self.folder}")
+
     def distill(self, say: Say) -> list[Row]:
         arms = {name: of_arm(self.config, name) for name in self.config.arms}
         self._check(arms)
@@ -168,7 +217,7 @@ class Run(ABC):
         for name in self.config.arms:
             student = self.load_student(of_arm(self.config, name), self.folder / name)
             if student is not None:
-                rows.append(Row(name, self._measured(student, self.folder / name)))
+                rows.append(self._measured(name, student, self.folder / name))
         if not rows:
             raise UserError(
                 f"expected a trained student in {self.folder}, got none; cab distill --resume {self.folder} goes on"
@@ -199,9 +248,9 @@ class Run(ABC):
             model.cpu()
             if self.writes:
                 self.save_teacher(model)
-            row = Row("teacher", outcome.test[self.measure.name], None, outcome.seconds, outcome.samples_per_second)
+            row = self._row("teacher", outcome)
         else:
-            row = Row("teacher", self._measured(model, folder))
+            row = self._measured("teacher", model, folder)
         self._keep(row, folder)
         return row, model
 
@@ -214,8 +263,7 @@ class Run(ABC):
         task.cpu()
         if self.writes:
             self.save_student(task, folder)
-        score, align = outcome.test[self.measure.name], outcome.test.get("align")
-        row = Row(name, score, align, outcome.seconds, outcome.samples_per_second)
+        row = self._row(name, outcome)
         self._keep(row, folder)
         return row
 
@@ -225,9 +273,15 @@ class Run(ABC):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / RESULT, json.dumps(row._asdict()) + "\n")
 
-    def _measured(self, model: nn.Module, folder: Path) -> float:
+    def _row(self, name: str, outcome: Outcome) -> Row:
+        test = outcome.test
+        figures = test[self.measure.name], test.get("align"), outcome.seconds, outcome.samples_per_second
+        return Row(name, *figures, test.get("top5"))
+
+    def _measured(self, name: str, model: nn.Module, folder: Path) -> Row:
         trainer = TaskTrainer(self.supervised_task(model), self.config, folder, self.train, self.test)
-        return trainer.evaluate()[f"eval_{self.measure.name}"]
+        test = trainer.evaluate()
+        return Row(name, test[f"eval_{self.measure.name}"], top5=test.get("eval_top5"))
 
     def _report(self, rows: list[Row], say: Say) -> None:
         config, scores = self.config, {row.name: row.score for row in rows}

@@ -38,6 +38,7 @@ ALLOWED = {
 # On top, free to import anything below them; nothing above imports them.
 TOP = {"cab", "cab.__main__", "cab.build", "cab.cli", "cab.graphed", "cab.report", "cab.trainer"} | {
     "cab.callbacks",
+    "cab.export",
     "cab.language_run",
     "cab.recipe",
     "cab.run",

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import timm
+import torch
 from PIL import Image
 
 from cab.cli import main
@@ -71,6 +73,60 @@ def test_eval_measures_what_the_run_reported(finished: Path, capsys: pytest.Capt
     assert [line.split()[:2] for line in lines[1:]] == [
         [name, f"{rows[name]['score']:.1%}"] for name in ("soft-kd", "cab")
     ]
+
+
+def test_attention_of_teacher_and_students_is_compared(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(finished), "--attention", str(tmp_path / "attention.png")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"similarity of the attention: {tmp_path / 'attention.png'}"
+    with Image.open(tmp_path / "attention.png") as picture:
+        assert picture.size == (900, 600)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize(("kind", "file"), [("timm", "s.pth"), ("safetensors", "s.safetensors")])
+def test_an_exported_student_is_the_student(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, file: str
+) -> None:
+    assert main(["export", str(finished), str(tmp_path / file), "--arm", "cab", "--to", kind]) == 0
+    line = capsys.readouterr().out.strip()
+    prefix = "timm.create_model('vim_micro_patch2_8', img_size=8, depth=1, embed_dim=16, d_state=4, num_classes=10, "
+    assert sorted(line.split(", ")) == sorted(f"{prefix}checkpoint_path={str(tmp_path / file)!r})".split(", "))
+    sizes = {"img_size": 8, "embed_dim": 16, "depth": 1, "d_state": 4, "num_classes": 10}
+    loaded = timm.create_model("vim_micro_patch2_8", **sizes, checkpoint_path=str(tmp_path / file)).state_dict()
+    kept = safetensors.torch.load_file(finished / "cab" / "student.safetensors")
+    assert loaded.keys() == kept.keys()
+    assert all(torch.equal(value, kept[name]) for name, value in loaded.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["s.safetensors"], "expected --arm to be one of soft-kd, cab, got none"),
+        (["s.safetensors", "--arm", "cap"], "expected --arm to be one of soft-kd, cab, got 'cap'; did you mean 'cab'?"),
+        (["s.pth", "--arm", "cab"], "expected a file s.safetensors for --to safetensors, got s.pth"),
+    ],
+)
+def test_refusal_of_an_export(
+    finished: Path, arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(finished), *arguments]) == 2
+    assert capsys.readouterr().err == f"cab export: {line}\n"
+
+
+def test_runs_are_compared(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    shutil.rmtree(other / "soft-kd")
+    (other / "cab" / "result.json").unlink()  # has not ended: curves, but no row
+    assert main(["report", str(finished), str(other), "--out", str(tmp_path / "r.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["arm", "accuracy", "top-5", "alignment", "loss", "seconds", "images/s"]
+    assert [line.split()[0] for line in lines[1:-1]] == ["tiny/teacher", "tiny/soft-kd", "tiny/cab", "other/teacher"]
+    assert (tmp_path / "r.png").is_file()
+    assert main(["report", str(finished), "--out", str(tmp_path / "r.png")]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]] == ["teacher", "soft-kd", "cab"]
 
 
 def test_resuming_takes_ended_arms_over_and_trains_what_is_missing(
@@ -151,11 +207,13 @@ def test_the_saved_configuration_reproduces_the_run(finished: Path, tmp_path: Pa
         (["distill", "--student", "mamba"], "expected student.name to be one of vim_base_patch16_224, "),
         (["distill", "--fraction", "2"], "expected data.fraction to be at most 1, got 2.0"),
         (
-            ["distill", "--set", "bridge.layer_map=0,1"],
-            "layer_map: expected proportional, last-1 to last-4, or 4 teacher layers from 0 to 3 that never go back, got",
+            ["distill", "--set", "bridge.layer_map=0,1", "--set", "student.depth=1", "--set", "teacher.depth=1"],
+            "layer_map: expected proportional, last-1 to last-1, or 1 teacher layers from 0 to 0 that never go back, ",
         ),
         (["distill", "--data", "no"], "expected a folder no/train with one folder of images for each class, got no "),
         (["eval", "no"], "expected the folder of a run, got no folder no"),
+        (["report", "no"], "expected the folder of a run, got no folder no"),
+        (["export", "no", "s.safetensors"], "expected the folder of a run, got no folder no"),
         (["subset", "no", "--fraction", "0.1", "--out", "i.json"], "expected a folder no/train with one folder of "),
     ],
 )

@@ -62,7 +62,7 @@ def test_refusal(settings: list[str], message: str) -> None:
 
 
 def test_the_error_names_the_preset_meant() -> None:
-    names = "digits, vision, lm-local, lm"
+    names = ", ".join(PRESETS)
     with pytest.raises(UserError, match=rf"^expected preset to be one of {names}, got 'digit'; did you mean"):
         resolve("digit")
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from cab.bridge import Bridges, BridgeWeights
 from cab.distill.losses import Alignment, distillation_kl
 from cab.distill.schedule import AlignmentSchedule
+from cab.distill.similarity import attention_similarity
 from cab.distill.task import LossWeights
 from cab.distill.vision import VisionTask
 from cab.students.vim import VisionMamba
@@ -279,3 +280,30 @@ def test_bridges_of_no_size(position: int, message: str) -> None:
         Bridges(*sizes)
     with pytest.raises(ValueError, match="expected hidden of at least 0, got -1"):
         Bridges(4, 2, 4, -1, 24, 24)
+
+
+def test_similarity_of_attention_is_the_formula() -> None:
+    task = make_task("deit_tiny_distilled_patch16_224")
+    batch = images(2)
+    got = attention_similarity(task, batch)
+    assert got.shape == (4,)
+    layers: dict[int, tuple[Tensor, Tensor]] = {}
+    task.teacher(batch, lambda layer, query, key: layers.update({layer: (query, key)}))
+    _, projections = task.student.forward_with_projections((batch - task.student_mean) / task.student_std)
+    order = [*range(2, 10), 0, *range(10, 18)]
+    query, key = layers[1]
+    teacher = torch.einsum("bhtd,bhsd->bhts", query, key).div(12**0.5).softmax(-1).mean(1)[:, order][:, :, order]
+    student = torch.zeros(2, 17, 17)
+    for t in range(17):
+        for s in range(17):
+            for direction, seen in zip(projections[3], (s <= t, s >= t), strict=True):
+                if seen:
+                    student[:, t, s] += (direction.C[:, t] * direction.B[:, s]).sum(-1)
+    cosine = (student * teacher).sum((1, 2)) / (student.square().sum((1, 2)) * teacher.square().sum((1, 2))).sqrt()
+    torch.testing.assert_close(got[3], cosine.mean())
+
+
+def test_similarity_needs_a_teacher() -> None:
+    task = VisionTask(make_task().student, weights=LossWeights(kd=0.0, ce=1.0))
+    with pytest.raises(ValueError, match="attention_similarity: expected a task with a teacher, got none"):
+        attention_similarity(task, images())
