@@ -1,6 +1,9 @@
-"""Without a GPU, kernels run through Triton's interpreter: the variable must be set before any kernel is imported."""
+"""What the environment must say before torch, or any kernel, is imported: without a GPU, kernels are interpreted."""
 
 import os
+
+# Tests run side by side, one on a core; inherited by the processes that they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -32,7 +32,7 @@ def bridge_mse(
 
     ``mean((w2 @ silu(w1 @ x + b1) + b2 - target) ** 2)`` over the tokens that count times the target's channels. The
     gradients are made in the forward pass, so ``target`` is not kept for backward and, where the sizes allow (16-bit
-    floats, ``hidden`` up to 256), neither the hidden layer nor the prediction is ever written to memory; larger
+    floats, ``hidden`` up to 128), neither the hidden layer nor the prediction is ever written to memory; larger
     bridges go through buffers of a few thousand tokens.
 
     Args:
@@ -65,9 +65,7 @@ def bridge_mse(
     """
     check = ArgumentCheck("bridge_mse")
     layout = check.tensor("x", x, ("tokens d_state", "batch length d_state"))
-    weights = zip(("w1", "b1", "w2", "b2"), (w1, b1, w2, b2), _WEIGHT_LAYOUTS, strict=True)
-    for name, value, axes in weights:
-        check.tensor(name, value, axes)
+    _check_weights(check, (w1, b1, w2, b2), "")
     _check_target(check, "target", target, layout, token_index)
     if mask is not None:
         check.tensor("mask", mask, layout.removesuffix(" d_state"), (torch.bool,))
@@ -121,9 +119,7 @@ def bridge_mse_grouped(
         check.true(x.dim() == xs[0].dim(), f"xs[{i}] of as many axes as xs[0]", tuple(x.shape))
         check.true(x.dtype == xs[0].dtype, f"xs[{i}] of dtype {xs[0].dtype} like xs[0]", x.dtype)
     check.sizes["bridges"] = len(xs)
-    weights = zip(("w1", "b1", "w2", "b2"), (w1, b1, w2, b2), _WEIGHT_LAYOUTS, strict=True)
-    for name, value, axes in weights:
-        check.tensor(name, value, f"bridges {axes}")
+    _check_weights(check, (w1, b1, w2, b2), "bridges ")
     alone = isinstance(target, torch.Tensor)
     targets = [target] if isinstance(target, torch.Tensor) else list(target)
     check.true(
@@ -144,6 +140,13 @@ def bridge_mse_grouped(
     _check_statistics(check, target_mean, target_rstd, ("width", "targets width"))
     options = (mask, token_index, target_mean, target_rstd)
     return _run("bridge_mse_grouped", backend, xs, (w1, b1, w2, b2), targets, options)
+
+
+def _check_weights(check: ArgumentCheck, weights: Sequence[torch.Tensor], leading: str) -> None:
+    for name, value, axes in zip(("w1", "b1", "w2", "b2"), weights, _WEIGHT_LAYOUTS, strict=True):
+        check.tensor(name, value, leading + axes)
+        same = value.dtype == weights[0].dtype
+        check.true(same, f"{name} of dtype {weights[0].dtype} like w1", value.dtype)
 
 
 def _check_target(
@@ -181,6 +184,8 @@ def _run(
 ) -> torch.Tensor:
     mask, token_index, target_mean, target_rstd = options
     if choose_backend(function, backend, xs[0]) == "triton":
+        if xs[0].dtype == torch.float64:
+            raise TypeError(f"{function}: expected x of 32 or 16 bits for backend 'triton', got float64")
         from cab_kernels.bridge.kernels import bridge_mse_triton
 
         return bridge_mse_triton(xs, *weights, targets, mask, token_index, target_mean, target_rstd)

@@ -5,28 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cab_kernels._backend import choose_backend
 from cab_kernels._check import ArgumentCheck
 from cab_kernels.conv.reference import causal_conv1d_ref
 
 ACTIVATIONS = (None, "silu", "swish")
-INDEX = (torch.int32, torch.int64)
+INDEX_DTYPES = (torch.int32, torch.int64)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def causal_conv1d_fn(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     activation: str | None = None,
     *,
-    initial_states: torch.Tensor | None = None,
+    initial_states: Tensor | None = None,
     return_final_states: bool = False,
     reverse: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-    seq_idx: torch.Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     backend: str | None = None,
-) -> torch.Tensor | Any:  # Any: a pair with return_final_states, which no caller should have to tell apart by type
+) -> Tensor | Any:  # Any: a pair with return_final_states, which no caller should have to tell apart by type
     """Convolve every channel over time with its own short causal filter, then apply SiLU if asked.
 
     ::
@@ -65,6 +67,34 @@ def causal_conv1d_fn(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or arguments that exclude each
             other; the message names the argument.
     """
+    check = _check_arguments(x, weight, bias, activation, initial_states)
+    seq_idx = _sequence_index(check, x, cu_seqlens, seq_idx)
+    if seq_idx is not None:
+        check.true(initial_states is None, "no initial_states with cu_seqlens or seq_idx", "both")
+        check.true(not return_final_states, "no return_final_states with cu_seqlens or seq_idx", "both")
+
+    width = weight.shape[1]
+    if choose_backend(check.function, backend, x) == "reference":
+        out = causal_conv1d_ref(
+            x, weight, bias, activation, initial_states=initial_states, seq_idx=seq_idx, reverse=reverse
+        )
+    else:
+        given = {"x": x, "weight": weight, "bias": bias, "initial_states": initial_states}
+        for name, tensor in given.items():
+            if tensor is not None:
+                check.dtype(name, tensor, KERNEL_DTYPES)
+        from cab_kernels.conv.kernels import MAX_WIDTH, causal_conv1d
+
+        check.true(width <= MAX_WIDTH, f"weight with at most {MAX_WIDTH} taps for backend 'triton'", width)
+        out = causal_conv1d(x, weight, bias, initial_states, seq_idx, activation is not None, reverse)
+    if return_final_states:
+        return out, _final_states(x, initial_states, width, reverse)
+    return out
+
+
+def _check_arguments(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_states: Tensor | None
+) -> ArgumentCheck:
     check = ArgumentCheck("causal_conv1d_fn")
     check.tensor("x", x, "batch dim length")
     check.tensor("weight", weight, "dim width")
@@ -76,40 +106,27 @@ def causal_conv1d_fn(
     if initial_states is not None:
         check.sizes["width-1"] = width - 1
         check.tensor("initial_states", initial_states, "batch dim width-1")
-    seq_idx = _sequence_index(check, x, cu_seqlens, seq_idx)
-    if seq_idx is not None:
-        check.true(initial_states is None, "no initial_states with cu_seqlens or seq_idx", "both")
-        check.true(not return_final_states, "no return_final_states with cu_seqlens or seq_idx", "both")
-
-    if choose_backend("causal_conv1d_fn", backend, x) == "reference":
-        out = causal_conv1d_ref(
-            x, weight, bias, activation, initial_states=initial_states, seq_idx=seq_idx, reverse=reverse
-        )
-    else:
-        raise NotImplementedError("causal_conv1d_fn: no Triton kernels yet; pass backend='reference'")
-    if return_final_states:
-        return out, _final_states(x, initial_states, width, reverse)
-    return out
+    return check
 
 
 def _sequence_index(
-    check: ArgumentCheck, x: torch.Tensor, cu_seqlens: torch.Tensor | None, seq_idx: torch.Tensor | None
-) -> torch.Tensor | None:
+    check: ArgumentCheck, x: Tensor, cu_seqlens: Tensor | None, seq_idx: Tensor | None
+) -> Tensor | None:
     """The index of each step's sequence, (batch, length), or None where a row of the batch is one sequence."""
     if seq_idx is not None:
-        check.tensor("seq_idx", seq_idx, "batch length", INDEX)
+        check.tensor("seq_idx", seq_idx, "batch length", INDEX_DTYPES)
         check.true(cu_seqlens is None, "one of cu_seqlens and seq_idx", "both")
         return seq_idx
     if cu_seqlens is None:
         return None
-    check.tensor("cu_seqlens", cu_seqlens, "sequences+1", INDEX)
+    check.tensor("cu_seqlens", cu_seqlens, "sequences+1", INDEX_DTYPES)
     check.true(cu_seqlens.shape[0] >= 1, "cu_seqlens with at least one entry", tuple(cu_seqlens.shape))
     check.true(x.shape[0] == 1, "x of batch 1 with cu_seqlens", f"batch {x.shape[0]}")
     step = torch.arange(x.shape[2], device=x.device, dtype=cu_seqlens.dtype)
     return (torch.bucketize(step, cu_seqlens, out_int32=True, right=True) - 1).unsqueeze(0)
 
 
-def _final_states(x: torch.Tensor, initial_states: torch.Tensor | None, width: int, reverse: bool) -> torch.Tensor:
+def _final_states(x: Tensor, initial_states: Tensor | None, width: int, reverse: bool) -> Tensor:
     """The last ``width - 1`` inputs in the order in which they are met, as a tensor of its own."""
     if initial_states is None:
         initial_states = x.new_zeros(x.shape[0], x.shape[1], width - 1)

@@ -10,18 +10,19 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 def causal_conv1d_ref(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     activation: str | None = None,
     *,
-    initial_states: torch.Tensor | None = None,
-    seq_idx: torch.Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     reverse: bool = False,
-) -> torch.Tensor:
+) -> Tensor:
     """Define :func:`cab_kernels.causal_conv1d_fn`, whose arguments these are, in float32 or better, rounded once."""
     present = [tensor for tensor in (x, weight, bias, initial_states) if tensor is not None]
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in present), torch.float32)
@@ -34,14 +35,14 @@ def causal_conv1d_ref(
     before = initial_states.to(dtype)
     padded = torch.cat([x.to(dtype), before.flip(-1)] if reverse else [before, x.to(dtype)], dim=-1)
     out = x.new_zeros(batch, dim, length, dtype=dtype)
+    if bias is not None:
+        out = out + bias[:, None].to(dtype)
     for tap in range(width):
         first = width - 1 - tap if reverse else tap
         seen = padded[..., first : first + length]
         if seq_idx is not None:
             seen = seen * _same_sequence(seq_idx, first if reverse else first - (width - 1)).unsqueeze(1)
-        out = out + weight[:, tap, None].to(dtype) * seen
-    if bias is not None:
-        out = out + bias[:, None].to(dtype)
+        out = torch.addcmul(out, weight[:, tap, None].to(dtype), seen)
     if activation is not None:
         out = F.silu(out)
     if seq_idx is not None:
@@ -49,7 +50,7 @@ def causal_conv1d_ref(
     return out.to(x.dtype)
 
 
-def _same_sequence(seq_idx: torch.Tensor, shift: int) -> torch.Tensor:
+def _same_sequence(seq_idx: Tensor, shift: int) -> Tensor:
     """Whether the position ``shift`` steps later belongs to the same sequence; the outside counts as its edge does."""
     length = seq_idx.shape[1]
     position = torch.arange(length, device=seq_idx.device) + shift

@@ -96,7 +96,14 @@ def extract_qk(
         return extract_qk_ref(source, **options)  # type: ignore[arg-type]
     from cab_kernels.qk.kernels import extract_qk_triton
 
-    return extract_qk_triton(source, **options)
+    parts = weight if isinstance(weight, tuple) else (weight,)
+    asked = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (source, *parts))
+    check.true(
+        not asked, "no gradient to be asked of backend 'triton' (call it under torch.no_grad())", "requires_grad=True"
+    )
+    if source.dtype == torch.float64:
+        raise TypeError("extract_qk: expected source of 32 or 16 bits for backend 'triton', got float64")
+    return extract_qk_triton(source, head_dim=head_dim, **options)
 
 
 def _check_source(

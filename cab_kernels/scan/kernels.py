@@ -1,340 +1,199 @@
-"""The selective scan in Triton, forward and backward.
-
-Per channel, a state ``h`` of ``dstate`` numbers (Mamba, arXiv:2312.00752, where h, x, B, C, Delta, A are h, u, B, C,
-delta and A here)::
-
-    delta'_t = softplus(delta_t + delta_bias)
-    a_t      = exp(delta'_t A)                         "decay"
-    h_t      = a_t h_{t-1} + delta'_t u_t B_t          "state"
-    y_t      = <C_t, h_t> + D u_t,   out_t = y_t silu(z_t)
-
-Tiling: a program owns one sequence and a block of channels, which never straddles two groups, and walks over time
-with the state in registers, (BLOCK_DIM, BLOCK_DSTATE) in float32. All products are on grid axis 0.
-
-Forward keeps nothing for backward but its inputs. A backward program first runs the states again and writes down the
-one before every chunk of ``CHUNK`` steps; then it takes the chunks from the last to the first: the states before each
-of the chunk's steps go to a scratch of ``CHUNK`` tiles, and the steps are walked back with ``dh_t``, the gradient of
-the state, in registers::
-
-    dy_t = dout_t silu(z_t)        dh_t = C_t dy_t + a_{t+1} dh_{t+1}        w_t = dh_t a_t h_{t-1}
-    d(delta'_t) = <w_t, A> + <dh_t, B_t> u_t             du_t = <dh_t, B_t> delta'_t + D dy_t
-    dA = sum of w_t delta'_t       dB_t = sum over channels of dh_t delta'_t u_t      dC_t = likewise of h_t dy_t
-
-What several programs add to goes to float32 buffers, one part a program (of a group's channels for dB and dC, of the
-sequences for the rest), and is summed afterwards: the same bits in every run.
-"""
+"""Launches the selective scan's kernels, and makes an op of them that differentiates and compiles."""
 
 import contextlib
+import dataclasses
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-CHUNK = 64  # steps between the states that backward writes down: scratch is least at sqrt(length), flat around it
-STATE_TILE = 512  # numbers of state a program of one warp carries: 16 a lane
+from cab_kernels._backend import interpreting
+from cab_kernels.scan.backward import _selective_scan_bwd_kernel, _sum_rows_kernel
+from cab_kernels.scan.forward import _pack_kernel, _selective_scan_fwd_kernel
+from cab_kernels.scan.states import _chain_kernel, _sweep_kernel
+
+PAD = 32  # rows of zeros after each sequence: as many as any kernel reads beyond its end
 
 
-@triton.jit
-def _softplus(x):
-    """log(1 + exp(x)), to float32's precision at any x, and x beyond 20.
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How a warp shares out the states: see ``forward.py``. ``S`` lanes a channel, ``R`` channels a lane, ``NT`` states
+    a lane; ``PARTS`` x ``STEPS`` steps an iteration, of which a lane owns ``STEPS``."""
 
-    With e = exp(-|x|), log(1 + e) = 2 atanh(e / (2 + e)), by its series; a logarithm of 1 + e would lose a small e.
-    """
-    e = tl.exp(-tl.abs(x))
-    s = e / (2.0 + e)
-    q = s * s
-    series = 1.0 / 13 + q * (1.0 / 15 + q * (1.0 / 17))
-    series = 1.0 / 7 + q * (1.0 / 9 + q * (1.0 / 11 + q * series))
-    series = 1.0 + q * (1.0 / 3 + q * (1.0 / 5 + q * series))
-    return tl.where(x > 20.0, x, tl.maximum(x, 0.0) + 2.0 * s * series)
+    S: int
+    R: int
+    NT: int
+    STEPS: int
+    PARTS: int
 
+    @property
+    def channels(self) -> int:
+        return 32 // self.S * self.R
 
-@triton.jit
-def _sigmoid(x):
-    e = tl.exp(-tl.abs(x))  # never overflows
-    return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
-
-
-@triton.jit
-def _owned(length, dim, groups, cu_seqlens_ptr, BLOCK_DIM: tl.constexpr):
-    """This program's sequence, its place in the batch, its first step and its end; group, block of the group, channels
-    and their mask."""
-    channels = dim // groups
-    blocks = tl.cdiv(channels, BLOCK_DIM)
-    pid = tl.program_id(0)
-    sequence = (pid // (groups * blocks)).to(tl.int64)
-    group = (pid % (groups * blocks) // blocks).to(tl.int64)
-    block = pid % blocks
-    if cu_seqlens_ptr is None:
-        batch = sequence
-        start = sequence * 0
-        end = start + length
-    else:
-        batch = sequence * 0
-        start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-        end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
-    offs = block * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-    return sequence, batch, start, end, group, block, group * channels + offs, offs < channels
+    @property
+    def steps(self) -> int:
+        return self.STEPS * self.PARTS
 
 
-@triton.jit
-def _load_or_zeros(ptr, offs, mask):
-    """A parameter or a state; zeros where it is absent."""
-    if ptr is None:
-        values = tl.zeros(offs.shape, dtype=tl.float32)
-    else:
-        values = tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    return values
+# By the number of states, a power of two. On an H100, Triton 3.6, bf16; README.md has shapes, times and what else was
+# tried for 16 states, 64 were timed with this one and one other, and the rest follow from these, untimed.
+TILINGS = {
+    1: Tiling(1, 1, 1, 8, 1),
+    2: Tiling(1, 1, 2, 8, 1),
+    4: Tiling(1, 1, 4, 8, 1),
+    8: Tiling(2, 2, 4, 8, 1),
+    16: Tiling(4, 2, 4, 4, 2),
+    32: Tiling(8, 2, 4, 2, 4),
+    64: Tiling(16, 2, 4, 1, 8),
+    128: Tiling(32, 2, 4, 1, 8),
+    256: Tiling(32, 1, 8, 1, 8),
+}
+# Where steps lie side by side in memory, a lane that owns fewer of them loads them better: at 8 x 1536 x 2048, 0.265 ms
+# against 0.310.
+BY_LENGTH = {16: Tiling(8, 2, 2, 2, 4)}
+SPAN = 128  # steps between the states that forward keeps
+FILL_FORWARD = 640  # with fewer programs, forward is faster in pieces, at nearly twice the exponentials
+FILL_PIECES = 4096  # and then in about so many
+FILL_BACKWARD = 2048  # with fewer programs, backward is faster by spans
 
 
-@triton.jit
-def _load_channels(ptr, strides, batch, offs_dim, mask_dim, t):
-    """One step of a (batch, dim, length) tensor."""
-    offs = batch * strides[0] + offs_dim * strides[1] + t * strides[2]
-    return tl.load(ptr + offs, mask=mask_dim, other=0.0).to(tl.float32)
+class _Call:
+    """The sizes of a call, and what all of its launches share."""
 
-
-@triton.jit
-def _store_channels(ptr, strides, batch, offs_dim, mask_dim, t, value):
-    if ptr is not None:
-        offs = batch * strides[0] + offs_dim * strides[1] + t * strides[2]
-        tl.store(ptr + offs, value.to(ptr.dtype.element_ty), mask=mask_dim)
-
-
-@triton.jit
-def _load_projection(
-    ptr, strides, batch, group, offs_dim, mask_dim, t, dstate, CONSTANT: tl.constexpr, BLOCK_DSTATE: tl.constexpr
-):
-    """B or C of one step: (1, BLOCK_DSTATE), or (BLOCK_DIM, BLOCK_DSTATE) if constant."""
-    offs_state = tl.arange(0, BLOCK_DSTATE)[None, :].to(tl.int64)
-    mask = offs_state < dstate
-    if CONSTANT:
-        offs = offs_dim[:, None] * strides[0] + offs_state * strides[1]
-        mask = mask & mask_dim[:, None]
-    else:
-        offs = batch * strides[0] + group * strides[1] + offs_state * strides[2] + t * strides[3]
-    return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _softplus_or_not(x, DELTA_SOFTPLUS: tl.constexpr):
-    return _softplus(x) if DELTA_SOFTPLUS else x
-
-
-@triton.jit(do_not_specialize=["length"])
-def _selective_scan_fwd_kernel(
-    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, delta_bias_ptr, initial_state_ptr, cu_seqlens_ptr,
-    out_ptr, last_state_ptr,
-    strides_u, strides_delta, strides_B, strides_C, strides_z, strides_out,
-    length, dim, dstate, groups,
-    DELTA_SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK_DSTATE: tl.constexpr,
-):  # fmt: skip
-    """Owns one sequence of a block of channels: reads its inputs once, writes its output and its last state."""
-    sequence, batch, start, end, group, _, offs_dim, mask_dim = _owned(length, dim, groups, cu_seqlens_ptr, BLOCK_DIM)
-    offs_state = tl.arange(0, BLOCK_DSTATE)[None, :]
-    mask = mask_dim[:, None] & (offs_state < dstate)
-    offs = (sequence * dim + offs_dim)[:, None] * dstate + offs_state
-    A = _load_or_zeros(A_ptr, offs_dim[:, None] * dstate + offs_state, mask)
-    D = _load_or_zeros(D_ptr, offs_dim, mask_dim)
-    bias = _load_or_zeros(delta_bias_ptr, offs_dim, mask_dim)
-    h = _load_or_zeros(initial_state_ptr, offs, mask)
-    for i in range(start, end):
-        t = start + end - 1 - i if REVERSE else i
-        u = _load_channels(u_ptr, strides_u, batch, offs_dim, mask_dim, t)
-        step = _load_channels(delta_ptr, strides_delta, batch, offs_dim, mask_dim, t) + bias
-        step = _softplus_or_not(step, DELTA_SOFTPLUS)
-        B = _load_projection(B_ptr, strides_B, batch, group, offs_dim, mask_dim, t, dstate, CONSTANT_B, BLOCK_DSTATE)
-        C = _load_projection(C_ptr, strides_C, batch, group, offs_dim, mask_dim, t, dstate, CONSTANT_C, BLOCK_DSTATE)
-        h = tl.exp(step[:, None] * A) * h + (step * u)[:, None] * B
-        y = tl.sum(h * C, axis=1)
-        if D_ptr is not None:
-            y += D * u
-        if z_ptr is not None:
-            z = _load_channels(z_ptr, strides_z, batch, offs_dim, mask_dim, t)
-            y *= z * _sigmoid(z)
-        _store_channels(out_ptr, strides_out, batch, offs_dim, mask_dim, t, y)
-    if last_state_ptr is not None:
-        tl.store(last_state_ptr + offs, h, mask=mask)
-
-
-@triton.jit
-def _advance(
-    h, A, bias, u_ptr, delta_ptr, B_ptr, strides_u, strides_delta, strides_B, batch, group, offs_dim, mask_dim, t,
-    dstate, DELTA_SOFTPLUS: tl.constexpr, CONSTANT_B: tl.constexpr, BLOCK_DSTATE: tl.constexpr,
-):  # fmt: skip
-    """The state after step t."""
-    u = _load_channels(u_ptr, strides_u, batch, offs_dim, mask_dim, t)
-    step = _load_channels(delta_ptr, strides_delta, batch, offs_dim, mask_dim, t) + bias
-    step = _softplus_or_not(step, DELTA_SOFTPLUS)
-    B = _load_projection(B_ptr, strides_B, batch, group, offs_dim, mask_dim, t, dstate, CONSTANT_B, BLOCK_DSTATE)
-    return tl.exp(step[:, None] * A) * h + (step * u)[:, None] * B
-
-
-@triton.jit(do_not_specialize=["length", "befores"])
-def _selective_scan_bwd_kernel(
-    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, delta_bias_ptr, initial_state_ptr, cu_seqlens_ptr,
-    dout_ptr, dlast_state_ptr,
-    du_ptr, ddelta_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr, ddelta_bias_ptr, dinitial_state_ptr,
-    befores_ptr, states_ptr,
-    strides_u, strides_delta, strides_B, strides_C, strides_z, strides_dout, strides_du, strides_ddelta, strides_dz,
-    length, dim, dstate, groups, befores,
-    DELTA_SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_DSTATE: tl.constexpr,
-):  # fmt: skip
-    """Owns one sequence of a block of channels: reads its inputs three times, writes its gradients and parts of sums.
-
-    A gradient whose pointer is None is not wanted. Scratch: befores_ptr (blocks, befores, tile) for the state before
-    each chunk, states_ptr (programs, CHUNK, tile) for the state before each step of the present chunk.
-    """
-    sequence, batch, start, end, group, block, offs_dim, mask_dim = _owned(
-        length, dim, groups, cu_seqlens_ptr, BLOCK_DIM
-    )
-    offs_state = tl.arange(0, BLOCK_DSTATE)[None, :]
-    mask = mask_dim[:, None] & (offs_state < dstate)
-    offs = (sequence * dim + offs_dim)[:, None] * dstate + offs_state
-    A = _load_or_zeros(A_ptr, offs_dim[:, None] * dstate + offs_state, mask)
-    D = _load_or_zeros(D_ptr, offs_dim, mask_dim)
-    bias = _load_or_zeros(delta_bias_ptr, offs_dim, mask_dim)
-
-    # Of the steps of all sequences, one after the other, this one's are the first: as many chunks at most lie before.
-    tile = tl.arange(0, BLOCK_DIM)[:, None] * BLOCK_DSTATE + offs_state
-    first = start if cu_seqlens_ptr is not None else sequence * length
-    blocks = tl.cdiv(dim // groups, BLOCK_DIM)
-    befores_ptr += ((group * blocks + block) * befores + first // CHUNK + sequence) * (BLOCK_DIM * BLOCK_DSTATE) + tile
-    states_ptr += tl.program_id(0).to(tl.int64) * (CHUNK * BLOCK_DIM * BLOCK_DSTATE) + tile
-    h = _load_or_zeros(initial_state_ptr, offs, mask)
-    for i in range(start, end):
-        if (i - start) % CHUNK == 0:
-            tl.store(befores_ptr + (i - start) // CHUNK * (BLOCK_DIM * BLOCK_DSTATE), h)
-        t = start + end - 1 - i if REVERSE else i
-        h = _advance(
-            h, A, bias, u_ptr, delta_ptr, B_ptr, strides_u, strides_delta, strides_B, batch, group, offs_dim, mask_dim,
-            t, dstate, DELTA_SOFTPLUS, CONSTANT_B, BLOCK_DSTATE,
-        )  # fmt: skip
-
-    dh = _load_or_zeros(dlast_state_ptr, offs, mask)
-    dA = tl.zeros((BLOCK_DIM, BLOCK_DSTATE), dtype=tl.float32)
-    dB = tl.zeros((BLOCK_DIM, BLOCK_DSTATE), dtype=tl.float32)
-    dC = tl.zeros((BLOCK_DIM, BLOCK_DSTATE), dtype=tl.float32)
-    dD = tl.zeros((BLOCK_DIM,), dtype=tl.float32)
-    dbias = tl.zeros((BLOCK_DIM,), dtype=tl.float32)
-    batch_group_block = (batch * groups + group) * blocks + block
-    chunks = tl.cdiv(end - start, CHUNK)
-    for back in range(0, chunks):
-        chunk = chunks - 1 - back
-        chunk_start = start + chunk * CHUNK
-        chunk_end = tl.minimum(chunk_start + CHUNK, end)
-        # Barriers: a thread may load what another one stored.
-        tl.debug_barrier()
-        h = tl.load(befores_ptr + chunk * (BLOCK_DIM * BLOCK_DSTATE))
-        for i in range(chunk_start, chunk_end):
-            tl.store(states_ptr + (i - chunk_start) * (BLOCK_DIM * BLOCK_DSTATE), h)
-            t = start + end - 1 - i if REVERSE else i
-            h = _advance(
-                h, A, bias, u_ptr, delta_ptr, B_ptr, strides_u, strides_delta, strides_B, batch, group, offs_dim,
-                mask_dim, t, dstate, DELTA_SOFTPLUS, CONSTANT_B, BLOCK_DSTATE,
-            )  # fmt: skip
-        tl.debug_barrier()
-        # Sums over time are sums over chunks of sums over steps: one after the other, thousands of terms lose digits.
-        dA_chunk = tl.zeros((BLOCK_DIM, BLOCK_DSTATE), dtype=tl.float32)
-        dB_chunk = tl.zeros((BLOCK_DIM, BLOCK_DSTATE), dtype=tl.float32)
-        dC_chunk = tl.zeros((BLOCK_DIM, BLOCK_DSTATE), dtype=tl.float32)
-        dD_chunk = tl.zeros((BLOCK_DIM,), dtype=tl.float32)
-        dbias_chunk = tl.zeros((BLOCK_DIM,), dtype=tl.float32)
-        for forth in range(chunk_start, chunk_end):
-            i = chunk_start + chunk_end - 1 - forth
-            t = start + end - 1 - i if REVERSE else i
-            u = _load_channels(u_ptr, strides_u, batch, offs_dim, mask_dim, t)
-            biased = _load_channels(delta_ptr, strides_delta, batch, offs_dim, mask_dim, t) + bias
-            step = _softplus_or_not(biased, DELTA_SOFTPLUS)
-            B = _load_projection(
-                B_ptr, strides_B, batch, group, offs_dim, mask_dim, t, dstate, CONSTANT_B, BLOCK_DSTATE
-            )
-            C = _load_projection(
-                C_ptr, strides_C, batch, group, offs_dim, mask_dim, t, dstate, CONSTANT_C, BLOCK_DSTATE
-            )
-            decayed = tl.exp(step[:, None] * A) * tl.load(states_ptr + (i - chunk_start) * (BLOCK_DIM * BLOCK_DSTATE))
-            h = decayed + (step * u)[:, None] * B
-            dy = _load_channels(dout_ptr, strides_dout, batch, offs_dim, mask_dim, t)
-            if z_ptr is not None:
-                z = _load_channels(z_ptr, strides_z, batch, offs_dim, mask_dim, t)
-                gate = _sigmoid(z)
-                dz = dy * (tl.sum(h * C, axis=1) + D * u) * gate * (1.0 + z * (1.0 - gate))
-                _store_channels(dz_ptr, strides_dz, batch, offs_dim, mask_dim, t, dz)
-                dy *= z * gate
-
-            dh += dy[:, None] * C
-            dx = tl.sum(dh * B, axis=1)
-            dexponent = dh * decayed
-            dstep = tl.sum(dexponent * A, axis=1) + dx * u
-            if DELTA_SOFTPLUS:
-                dstep *= _sigmoid(biased)  # 1 in float32 long before 20, where softplus ends
-            _store_channels(ddelta_ptr, strides_ddelta, batch, offs_dim, mask_dim, t, dstep)
-            _store_channels(du_ptr, strides_du, batch, offs_dim, mask_dim, t, dx * step + dy * D)
-            dA_chunk += dexponent * step[:, None]
-            dD_chunk += dy * u
-            dbias_chunk += dstep
-            dB_t = dh * (step * u)[:, None]
-            dC_t = h * dy[:, None]
-            offs_sum = (batch_group_block * length + t) * dstate + offs_state
-            if CONSTANT_B:
-                dB_chunk += dB_t
-            elif dB_ptr is not None:
-                tl.store(dB_ptr + offs_sum, tl.sum(dB_t, axis=0)[None, :], mask=offs_state < dstate)
-            if CONSTANT_C:
-                dC_chunk += dC_t
-            elif dC_ptr is not None:
-                tl.store(dC_ptr + offs_sum, tl.sum(dC_t, axis=0)[None, :], mask=offs_state < dstate)
-            dh *= tl.exp(step[:, None] * A)
-        dA += dA_chunk
-        dB += dB_chunk
-        dC += dC_chunk
-        dD += dD_chunk
-        dbias += dbias_chunk
-
-    if dA_ptr is not None:
-        tl.store(dA_ptr + offs, dA, mask=mask)
-    if CONSTANT_B and dB_ptr is not None:
-        tl.store(dB_ptr + offs, dB, mask=mask)
-    if CONSTANT_C and dC_ptr is not None:
-        tl.store(dC_ptr + offs, dC, mask=mask)
-    if dD_ptr is not None:
-        tl.store(dD_ptr + sequence * dim + offs_dim, dD, mask=mask_dim)
-    if ddelta_bias_ptr is not None:
-        tl.store(ddelta_bias_ptr + sequence * dim + offs_dim, dbias, mask=mask_dim)
-    if dinitial_state_ptr is not None:
-        tl.store(dinitial_state_ptr + offs, dh, mask=mask)
-
-
-class _Shape:
-    """The sizes of a call, and the blocks that share its work."""
-
-    def __init__(self, u: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None) -> None:
+    def __init__(self, u, A, B, C, cu_seqlens, delta_softplus: bool, reverse: bool) -> None:
         self.batch, self.dim, self.length = u.shape
         self.dstate = A.shape[1]
-        self.groups = next((matrix.shape[1] for matrix in (B, C) if matrix.dim() == 4), 1)
+        self.N = triton.next_power_of_2(self.dstate)
+        self.B, self.C = (matrix.unsqueeze(1) if matrix.dim() == 3 else matrix for matrix in (B, C))
+        self.groups = next((matrix.shape[1] for matrix in (self.B, self.C) if matrix.dim() == 4), 1)
+        self.cu_seqlens = _contiguous(cu_seqlens)
         self.sequences = self.batch if cu_seqlens is None else len(cu_seqlens) - 1
-        self.block_dstate = triton.next_power_of_2(self.dstate)
-        channels = self.dim // self.groups
-        self.block_dim = max(1, min(triton.next_power_of_2(channels), 64, STATE_TILE // self.block_dstate))
-        self.blocks = triton.cdiv(channels, self.block_dim)
-        self.grid = (self.sequences * self.groups * self.blocks,)
-        # A sequence of n steps has at most (n + CHUNK - 1) / CHUNK chunks; see where the kernel places them.
-        self.befores = self.batch * self.length // CHUNK + self.sequences
+        self.total_rows = self.batch * self.length + self.sequences * PAD
+        self.span = max(SPAN, 2 * self.N)
+        self.reverse, self.softplus = reverse, delta_softplus
+        self.device = u.device
+        self.native = u.is_cuda and not interpreting() and torch.version.hip is None
+        self.rows: Tensor | None = None
 
-    def arguments(self) -> dict[str, int]:
-        return {"length": self.length, "dim": self.dim, "dstate": self.dstate, "groups": self.groups}
+    def new(self, *size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float32, device=self.device)
 
-    def options(self) -> dict[str, int | bool]:
+    def blocks(self, tiling: Tiling) -> int:
+        return self.groups * triton.cdiv(self.dim // self.groups, tiling.channels)
+
+    def numbered(self, steps: int) -> int:
+        """How many numbers pieces of ``steps`` steps have: see ``sequence_of``."""
+        return self.batch * self.length // steps + self.sequences
+
+    def tasks(self, steps: int) -> tuple[int, int]:
+        """How many tasks pieces of ``steps`` steps make, and how many a sequence has."""
+        if self.cu_seqlens is not None:
+            return self.numbered(steps), 0
+        pieces = max(1, triton.cdiv(self.length, steps))
+        return self.batch * pieces, pieces
+
+    def activation(self, name: str, tensor: Tensor | None, tiling: Tiling) -> dict[str, object]:
+        """A kernel's arguments for a (batch, dim, length) tensor."""
+        if tensor is None:
+            strides, stride, layout = None, 1, 0
+        else:
+            *strides, stride = tensor.stride()
+            layout = 0
+            if stride == 1 and strides[1] != 1:
+                bytes_ = tensor.element_size()
+                aligned = (
+                    self.cu_seqlens is None
+                    and self.length % tiling.STEPS == 0
+                    and not any(x * bytes_ % 16 for x in (*strides, tensor.data_ptr() // bytes_))
+                )
+                layout = 2 if aligned else 1
+            strides = tuple(strides)
         return {
-            "BLOCK_DIM": self.block_dim,
-            "BLOCK_DSTATE": self.block_dstate,
+            f"{name}_ptr": tensor,
+            f"strides_{name}": strides,
+            f"STRIDE_{name.upper()}": -stride if self.reverse else stride,
+            f"LAYOUT_{name.upper()}": layout,
+        }
+
+    def projections(self) -> dict[str, object]:
+        return {
+            "B_ptr": self.B.contiguous() if self.B.dim() == 2 else None,
+            "C_ptr": self.C.contiguous() if self.C.dim() == 2 else None,
+            "rows_ptr": self.rows,
+            "total_rows": self.total_rows,
+        }
+
+    def shared(self, tiling: Tiling) -> dict[str, object]:
+        return {
+            "cu_seqlens_ptr": self.cu_seqlens,
+            "length": self.length,
+            "channels": self.dim // self.groups,
+            "groups": self.groups,
+            "dim": self.dim,
+            "dstate": self.dstate,
+            "sequences": self.sequences,
+            "SOFTPLUS": self.softplus,
+            "SPAN": self.span,
+            "PAD": PAD,
+            "NATIVE": self.native,
+            **{name: getattr(tiling, name) for name in ("S", "R", "NT", "STEPS", "PARTS")},
             "num_warps": 1,
             "num_stages": 1,
             "enable_fp_fusion": True,
         }
+
+    def pack(self) -> None:
+        """Lay B and C out by step, in float32, in the order of the scan."""
+        B, C = (None if matrix.dim() == 2 else matrix for matrix in (self.B, self.C))
+        self.rows = self.new(self.groups * self.total_rows + PAD, 2, self.N)
+        if B is None and C is None:
+            return
+        block = max(16, min(64, 2048 // self.N))
+        _pack_kernel[(self.sequences, triton.cdiv(self.length + PAD, block), self.groups)](
+            B_ptr=B,
+            C_ptr=C,
+            rows_ptr=self.rows,
+            cu_seqlens_ptr=self.cu_seqlens,
+            length=self.length,
+            total_rows=self.total_rows,
+            dstate=self.dstate,
+            strides_B=_strides(B),
+            strides_C=_strides(C),
+            N=self.N,
+            PAD=PAD,
+            REVERSE=self.reverse,
+            BLOCK=block,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+
+    def chain(self, parts, decays, start, backward: bool, channels: tuple[int, int]) -> None:
+        """Turn what each span adds to the states into what it starts from."""
+        block = 128
+        _chain_kernel[(triton.cdiv((channels[1] - channels[0]) * self.N, block), self.sequences)](
+            parts_ptr=parts,
+            decays_ptr=decays,
+            start_ptr=start,
+            cu_seqlens_ptr=self.cu_seqlens,
+            length=self.length,
+            dim=self.dim,
+            dstate=self.dstate,
+            first_channel=channels[0],
+            last_channel=channels[1],
+            N=self.N,
+            SPAN=self.span,
+            BACKWARD=backward,
+            AHEAD=8,
+            BLOCK=block,
+            num_warps=1,
+            enable_fp_fusion=True,
+        )
+
+    def first_channels(self, tiling: Tiling) -> list[int]:
+        """The first channel of each block, and the end of the last one."""
+        channels = self.dim // self.groups
+        starts = [g * channels + c for g in range(self.groups) for c in range(0, channels, tiling.channels)]
+        return [*starts, self.dim]
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, ...] | None:
@@ -349,157 +208,224 @@ def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _with_groups(matrix: Tensor) -> Tensor:
-    return matrix.unsqueeze(1) if matrix.dim() == 3 else matrix
-
-
 def selective_scan_fwd(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    return_last_state: bool,
-) -> tuple[Tensor, Tensor]:
+    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, return_last_state, keep
+):
     """Run the forward kernel; the last state is empty unless asked for."""
-    out, last_state = _new_results(u, A, cu_seqlens, return_last_state)
-    B, C = _with_groups(B), _with_groups(C)
-    shape = _Shape(u, A, B, C, cu_seqlens)
+    out, last_state, states = _new_results(u, A, cu_seqlens, return_last_state, keep)
+    call = _Call(u, A, B, C, cu_seqlens, delta_softplus, reverse)
+    tiling = TILINGS[call.N]
+    if u.stride(2) == 1:
+        tiling = BY_LENGTH.get(call.N, tiling)
+    A, D, delta_bias, initial_state = map(_contiguous, (A, D, delta_bias, initial_state))
+    blocks = call.blocks(tiling)
+    pieces = _pieces(call, blocks)
     with _on_device(u):
-        _selective_scan_fwd_kernel[shape.grid](
-            u_ptr=u,
-            delta_ptr=delta,
-            A_ptr=A.contiguous(),
-            B_ptr=B,
-            C_ptr=C,
-            D_ptr=_contiguous(D),
-            z_ptr=z,
-            delta_bias_ptr=_contiguous(delta_bias),
-            initial_state_ptr=_contiguous(initial_state),
-            cu_seqlens_ptr=_contiguous(cu_seqlens),
-            out_ptr=out,
-            last_state_ptr=last_state if return_last_state else None,
-            strides_u=u.stride(),
-            strides_delta=delta.stride(),
-            strides_B=B.stride(),
-            strides_C=C.stride(),
-            strides_z=_strides(z),
-            strides_out=out.stride(),
-            DELTA_SOFTPLUS=delta_softplus,
-            REVERSE=reverse,
-            CONSTANT_B=B.dim() == 2,
-            CONSTANT_C=C.dim() == 2,
-            **shape.arguments(),
-            **shape.options(),
+        call.pack()
+        if pieces > 1:
+            if not keep:
+                states = call.new(call.numbered(call.span), call.dim, call.N)
+            _sweep_forward(call, states, u, delta, A, delta_bias, initial_state)
+        chunk = triton.cdiv(triton.cdiv(call.length, pieces), call.span) * call.span
+        tasks = call.sequences if pieces == 1 else call.tasks(chunk)[0]
+        _selective_scan_fwd_kernel[(blocks * tasks,)](
+            **call.projections(),
+            A_ptr=A,
+            delta_bias_ptr=delta_bias,
+            **call.activation("u", u, tiling),
+            **call.activation("delta", delta, tiling),
+            **call.activation("z", z, tiling),
+            D_ptr=D,
+            initial_ptr=initial_state,
+            **call.activation("out", out, tiling),
+            states_ptr=states if keep or pieces > 1 else None,
+            last_ptr=last_state if return_last_state else None,
+            chunk=chunk,
+            chunks=tasks // max(1, call.sequences),
+            blocks=blocks,
+            SPLIT=pieces > 1,
+            **call.shared(tiling),
         )
-    return out, last_state
+    return out, last_state, states
+
+
+def _sweep_forward(call: _Call, states, u, delta, A, delta_bias, initial_state) -> None:
+    """Compute the state before each span, all spans at once."""
+    decays = torch.empty_like(states)
+    sweep = TILINGS[call.N]
+    tasks, chunks = call.tasks(call.span)
+    _sweep_kernel[(call.blocks(sweep) * tasks,)](
+        **call.projections(),
+        A_ptr=A,
+        delta_bias_ptr=delta_bias,
+        **call.activation("u", u, sweep),
+        **call.activation("delta", delta, sweep),
+        **call.activation("z", None, sweep),
+        **call.activation("dout", None, sweep),
+        states_ptr=states,
+        befores_ptr=None,
+        decays_ptr=decays,
+        adjoints_ptr=None,
+        chunks=chunks,
+        blocks=call.blocks(sweep),
+        first_block=0,
+        first_channel=0,
+        befores_dim=0,
+        LOCAL=True,
+        ADJOINT=False,
+        **call.shared(sweep),
+    )
+    call.chain(states, decays, initial_state, False, (0, call.dim))
+
+
+def _pieces(call: _Call, blocks: int) -> int:
+    """Into how many pieces forward splits each sequence, where programs are too few to fill a GPU."""
+    if call.cu_seqlens is not None or call.length <= 2 * call.span:
+        return 1
+    programs = max(1, blocks * call.sequences)
+    return 1 if programs >= FILL_FORWARD else min(call.length // call.span, FILL_PIECES // programs)
 
 
 def selective_scan_bwd(
-    dout: Tensor,
-    dlast_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    wanted: list[bool],
-) -> list[Tensor]:
-    """Run the backward kernel; ``wanted`` says which of the nine tensors from u to initial_state get a gradient."""
+    dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, states, delta_softplus, reverse,
+    wanted,
+):  # fmt: skip
+    """Run the backward kernels; ``wanted`` says which of the nine tensors from u to initial_state get a gradient."""
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     gradients = [torch.empty_like(x) if want else None for x, want in zip(inputs, wanted, strict=True)]
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = gradients
-    B, C = _with_groups(B), _with_groups(C)
-    shape = _Shape(u, A, B, C, cu_seqlens)
-
-    def new(*size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.float32, device=u.device)
-
-    def parts(gradient: Tensor | None) -> Tensor | None:
-        """Room for what each program adds: (sequences, ...), or (batch, groups, blocks, length, dstate)."""
-        if gradient is None:
-            return None
-        if gradient.dim() <= 2:
-            return new(shape.sequences, *gradient.shape)
-        return new(shape.batch, shape.groups, shape.blocks, shape.length, shape.dstate)
-
-    sums = {"dA": dA, "dB": dB, "dC": dC, "dD": dD, "ddelta_bias": ddelta_bias}
-    parts_of = {name: parts(gradient) for name, gradient in sums.items()}
-    dinitial = None if dinitial_state is None else new(*dinitial_state.shape)
-    tile = (shape.block_dim, shape.block_dstate)
+    call = _Call(u, A, B, C, cu_seqlens, delta_softplus, reverse)
+    tiling = TILINGS[call.N]
+    A, D, delta_bias, dlast_state = map(_contiguous, (A, D, delta_bias, dlast_state))
+    blocks = call.blocks(tiling)
+    split = call.length > call.span and blocks * call.sequences < FILL_BACKWARD
+    tasks, chunks = call.tasks(call.span)
+    main_tasks = tasks if split else call.sequences
+    parts = {
+        "dA": _parts(call, dA, main_tasks),
+        "dB": _parts(call, dB, main_tasks) if B.dim() == 2 else None,
+        "dC": _parts(call, dC, main_tasks) if C.dim() == 2 else None,
+        "dD": _parts(call, dD, main_tasks),
+        "dbias": _parts(call, ddelta_bias, main_tasks),
+    }
+    sum_rows = (dB is not None and B.dim() > 2) or (dC is not None and C.dim() > 2)
+    dinitial = None if dinitial_state is None else call.new(*dinitial_state.shape)
+    decays = torch.empty_like(states) if split else None
+    adjoints = torch.empty_like(states) if split else None
+    first_channels = call.first_channels(tiling)
+    per_slice = _blocks_at_once(call, tiling, u, blocks)
+    drows = call.new(per_slice, call.total_rows, 2, call.N) if sum_rows else None
+    sums = call.new(call.groups, call.total_rows, 2, call.N) if sum_rows and per_slice < blocks else None
     with _on_device(u):
-        _selective_scan_bwd_kernel[shape.grid](
-            u_ptr=u,
-            delta_ptr=delta,
-            A_ptr=A.contiguous(),
-            B_ptr=B,
-            C_ptr=C,
-            D_ptr=_contiguous(D),
-            z_ptr=z,
-            delta_bias_ptr=_contiguous(delta_bias),
-            initial_state_ptr=_contiguous(initial_state),
-            cu_seqlens_ptr=_contiguous(cu_seqlens),
-            dout_ptr=dout,
-            dlast_state_ptr=_contiguous(dlast_state),
-            du_ptr=du,
-            ddelta_ptr=ddelta,
-            dz_ptr=dz,
-            dinitial_state_ptr=dinitial,
-            **{f"{name}_ptr": buffer for name, buffer in parts_of.items()},
-            befores_ptr=new(shape.groups * shape.blocks, shape.befores, *tile),
-            states_ptr=new(shape.grid[0], CHUNK, *tile),
-            strides_u=u.stride(),
-            strides_delta=delta.stride(),
-            strides_B=B.stride(),
-            strides_C=C.stride(),
-            strides_z=_strides(z),
-            strides_dout=dout.stride(),
-            strides_du=_strides(du),
-            strides_ddelta=_strides(ddelta),
-            strides_dz=_strides(dz),
-            befores=shape.befores,
-            DELTA_SOFTPLUS=delta_softplus,
-            REVERSE=reverse,
-            CONSTANT_B=B.dim() == 2,
-            CONSTANT_C=C.dim() == 2,
-            CHUNK=CHUNK,
-            **shape.arguments(),
-            **shape.options(),
+        call.pack()
+        shared = {**call.shared(tiling), **call.projections(), "A_ptr": A, "delta_bias_ptr": delta_bias}
+        for name, tensor in {"u": u, "delta": delta, "z": z, "dout": dout}.items():
+            shared |= call.activation(name, tensor, tiling)
+        width = max(
+            first_channels[min(block + per_slice, blocks)] - first_channels[block]
+            for block in range(0, blocks, per_slice)
         )
-    for name, gradient in sums.items():
-        if gradient is not None:
-            _add_up(parts_of[name], gradient)
+        befores = call.new(call.numbered(tiling.steps), width, call.N)
+        for block in range(0, blocks, per_slice):
+            count = min(per_slice, blocks - block)
+            channels = first_channels[block], first_channels[block + count]
+            place = {"blocks": count, "first_block": block, "first_channel": channels[0], "befores_dim": width}
+            _sweep_kernel[(count * tasks,)](
+                **shared,
+                **place,
+                states_ptr=states,
+                befores_ptr=befores,
+                decays_ptr=decays,
+                adjoints_ptr=adjoints,
+                chunks=chunks,
+                LOCAL=False,
+                ADJOINT=split,
+            )
+            if split:
+                call.chain(adjoints, decays, dlast_state, True, channels)
+            _selective_scan_bwd_kernel[(count * main_tasks,)](
+                **shared,
+                **place,
+                D_ptr=D,
+                befores_ptr=befores,
+                adjoints_ptr=adjoints,
+                dlast_ptr=None if split else dlast_state,
+                **call.activation("du", du, tiling),
+                **call.activation("ddelta", ddelta, tiling),
+                **call.activation("dz", dz, tiling),
+                drows_ptr=drows,
+                **{f"{name}_ptr": part for name, part in parts.items()},
+                dinitial_ptr=dinitial,
+                chunks=chunks,
+                SPLIT=split,
+            )
+            if sum_rows:
+                varying = (dB if B.dim() > 2 else None, dC if C.dim() > 2 else None)
+                _sum_rows(call, drows, sums, *varying, blocks, block, block + count)
+    for part, gradient in zip(parts.values(), (dA, dB, dC, dD, ddelta_bias), strict=True):
+        if part is not None:
+            if gradient.dtype == torch.float32:
+                torch.sum(part, 0, out=gradient)
+            else:
+                gradient.copy_(part.sum(0))
     if dinitial is not None:
         dinitial_state.copy_(dinitial)
     return [gradient for gradient in gradients if gradient is not None]
 
 
-def _add_up(parts: Tensor, gradient: Tensor) -> None:
-    """Sum what the programs have added, in a fixed order, in float32, and round once."""
-    if gradient.dim() <= 2:
-        gradient.copy_(parts.sum(0))
-    else:
-        gradient.copy_(parts.sum(2).mT.view(gradient.shape))
+def _parts(call: _Call, gradient: Tensor | None, tasks: int) -> Tensor | None:
+    """Room for what each task adds to the gradient of a parameter."""
+    return None if gradient is None else call.new(tasks, *gradient.shape)
 
 
-def _new_results(u: Tensor, A: Tensor, cu_seqlens: Tensor | None, return_last_state: bool) -> tuple[Tensor, Tensor]:
+def _blocks_at_once(call: _Call, tiling: Tiling, u: Tensor, blocks: int) -> int:
+    """How many blocks of channels take part at once.
+
+    Their scratch is to be no larger than u, delta, z and out for states, and twice that for rows of dB and dC.
+    """
+    activations = 4 * u.numel() * u.element_size()
+    states = triton.cdiv(call.batch * call.length, tiling.steps) * call.dim * call.N * 4
+    rows = blocks * call.batch * call.length * 2 * call.N * 4
+    slices = triton.cdiv(max(states, rows // 2), max(1, activations))
+    return max(1, triton.cdiv(blocks, max(1, slices)))
+
+
+def _sum_rows(call: _Call, drows, sums, dB, dC, blocks: int, first_block: int, end_block: int) -> None:
+    """Add up what the blocks of channels gave dB and dC."""
+    dB, dC = (x.unsqueeze(1) if x is not None and x.dim() == 3 else x for x in (dB, dC))
+    block = max(4, min(32, 1024 // call.N))
+    _sum_rows_kernel[(call.sequences, triton.cdiv(call.length, block), call.groups)](
+        drows_ptr=drows,
+        sums_ptr=sums,
+        dB_ptr=dB,
+        dC_ptr=dC,
+        cu_seqlens_ptr=call.cu_seqlens,
+        length=call.length,
+        total_rows=call.total_rows,
+        dstate=call.dstate,
+        blocks=blocks // call.groups,
+        first_block=first_block,
+        end_block=end_block,
+        strides_dB=_strides(dB),
+        strides_dC=_strides(dC),
+        N=call.N,
+        PAD=PAD,
+        REVERSE=call.reverse,
+        BLOCK=block,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+
+
+def _new_results(u, A, cu_seqlens, return_last_state, keep):
     sequences = len(u) if cu_seqlens is None else len(cu_seqlens) - 1
     size = (sequences, *A.shape) if return_last_state else (0,)
-    return torch.empty_like(u), torch.empty(size, dtype=torch.float32, device=u.device)
+    states = (0,)
+    if keep:
+        N = 1 << (A.shape[1] - 1).bit_length()
+        states = (len(u) * u.shape[2] // max(SPAN, 2 * N) + sequences, A.shape[0], N)
+    last_state, kept = (torch.empty(shape, dtype=torch.float32, device=u.device) for shape in (size, states))
+    return torch.empty_like(u), last_state, kept
 
 
 @torch.library.custom_op("cab_kernels::selective_scan", mutates_args=())
@@ -517,16 +443,20 @@ def selective_scan(
     delta_softplus: bool,
     reverse: bool,
     return_last_state: bool,
-) -> tuple[Tensor, Tensor]:
-    """``selective_scan_fn`` without its checks; the last state is empty unless asked for."""
+    keep: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``selective_scan_fn`` without its checks. The last state is empty unless asked for.
+
+    Third, if ``keep``, a state in every ``SPAN`` steps, for backward.
+    """
     return selective_scan_fwd(
-        u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, return_last_state
+        u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, return_last_state, keep
     )
 
 
 @selective_scan.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, return_last_state):
-    return _new_results(u, A, cu_seqlens, return_last_state)
+def _(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, softplus, reverse, return_last_state, keep=True):
+    return _new_results(u, A, cu_seqlens, return_last_state, keep)
 
 
 @torch.library.custom_op("cab_kernels::selective_scan_backward", mutates_args=())
@@ -543,6 +473,7 @@ def selective_scan_backward(
     delta_bias: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    states: Tensor,
     delta_softplus: bool,
     reverse: bool,
     wanted: list[bool],
@@ -561,6 +492,7 @@ def selective_scan_backward(
         delta_bias,
         initial_state,
         cu_seqlens,
+        states,
         delta_softplus,
         reverse,
         wanted,
@@ -568,24 +500,26 @@ def selective_scan_backward(
 
 
 @selective_scan_backward.register_fake
-def _(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, softplus, reverse, wanted):
+def _(
+    dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, states, softplus, reverse, wanted
+):
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     return [torch.empty_like(x) for x, want in zip(inputs, wanted, strict=True) if want]
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, ctx.reverse, ctx.return_last_state = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.delta_softplus, ctx.reverse, ctx.return_last_state, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, dlast_state):
+def _backward(ctx, dout, dlast_state, _):
     tensors = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:9])
     dout = torch.zeros_like(tensors[0]) if dout is None else dout
     dlast_state = dlast_state if ctx.return_last_state else None
     gradients = iter(selective_scan_backward(dout, dlast_state, *tensors, ctx.delta_softplus, ctx.reverse, wanted))
-    return *(next(gradients) if want else None for want in wanted), None, None, None, None
+    return *(next(gradients) if want else None for want in wanted), None, None, None, None, None
 
 
 selective_scan.register_autograd(_backward, setup_context=_setup_context)

@@ -96,13 +96,15 @@ def selective_scan_fn(
             cu_seqlens=cu_seqlens,
         )
     given = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
-    for name, tensor in {**given, "initial_state": initial_state}.items():
+    given["initial_state"] = initial_state
+    for name, tensor in given.items():
         if tensor is not None:
             check.dtype(name, tensor, KERNEL_DTYPES)
     from cab_kernels.scan.kernels import selective_scan
 
-    out, last_state = selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, return_last_state
+    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given.values())
+    out, last_state, _ = selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, return_last_state, keep
     )
     return (out, last_state) if return_last_state else out
 

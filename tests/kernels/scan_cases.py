@@ -36,7 +36,7 @@ CASES: dict[str, tuple[dict, dict]] = {
     ),
     "many-steps": ({"batch": 1, "dim": 2, "dstate": 1, "length": 131, "optional": ()}, {"delta_softplus": True}),
     "many-channels": (
-        {"batch": 1, "dim": 134, "dstate": 32, "B": GROUPED, "C": GROUPED, "length": 2},
+        {"batch": 1, "dim": 34, "dstate": 32, "B": GROUPED, "C": GROUPED, "length": 2},
         {"delta_softplus": True},
     ),
     "many-states": ({"batch": 1, "dim": 5, "dstate": 256, "length": 2, "optional": ALL}, {}),

@@ -1,8 +1,14 @@
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from cab_kernels import bridge_mse, bridge_mse_grouped, bridge_mse_grouped_ref, bridge_mse_ref
+
+FUSED = "cab_kernels.bridge.fused_kernels"
+CHUNKED = "cab_kernels.bridge.chunked_kernels"
+KERNELS = "cab_kernels.bridge.kernels"
 
 
 def make(seed=0, *, batch=2, length=9, d_state=5, hidden=7, width=6, dtype=torch.float64, device="cpu"):
@@ -118,6 +124,10 @@ class TestGroupedReference:
 
 
 class TestBadInput:
+    def test_float64_is_for_the_reference(self):
+        with pytest.raises(TypeError, match="expected x of 32 or 16 bits for backend 'triton', got float64"):
+            bridge_mse(*make(device="cuda" if torch.cuda.is_available() else "cpu"), backend="triton")
+
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
@@ -125,6 +135,7 @@ class TestBadInput:
             ({"x": torch.zeros(2, 9, 4)}, ValueError, r"expected w1 of shape .* = \(7, 4\), got \(7, 5\)"),
             ({"w2": torch.zeros(6, 8)}, ValueError, r"expected w2 of shape \(width, hidden\) = \(6, 7\), got \(6, 8\)"),
             ({"b2": torch.zeros(6, dtype=torch.int64)}, TypeError, "expected b2 of dtype .*, got int64"),
+            ({"b1": torch.zeros(7, dtype=torch.bfloat16)}, ValueError, "b1 of dtype .*32 like w1, got torch.bfloat16"),
             ({"target": torch.zeros(2, 8, 6)}, ValueError, r"expected target of shape .* = \(2, 9, 6\), got"),
             ({"target": torch.zeros(2, 3, 9, 4)}, ValueError, r"with heads \* head_dim = 6, got 3 \* 4"),
             ({"target": torch.zeros(9, 6)}, ValueError, r"expected target of shape .*, got \(9, 6\)"),
@@ -152,3 +163,362 @@ class TestBadInput:
             bridge_mse_grouped([], *stacks, target)
         with pytest.raises(ValueError, match=r"expected w1 of shape .* = \(1, 'hidden', 5\), got \(2, 7, 5\)"):
             bridge_mse_grouped([x], *stacks, target)
+
+
+NAMES = ("loss", "x", "w1", "b1", "w2", "b2")
+SHAPES = [
+    pytest.param({"length": 9}, id="below a block"),
+    pytest.param({"length": 75, "d_state": 17, "hidden": 33, "width": 70}, id="odd, above two blocks"),
+    pytest.param({"length": 64, "d_state": 16, "hidden": 64, "width": 64, "batch": 1}, id="exactly a block"),
+    pytest.param({"length": 5, "width": 200}, id="more channels than stay in registers"),
+    pytest.param({"batch": 1, "length": 1, "d_state": 1, "hidden": 1, "width": 1}, id="ones"),
+    pytest.param({"length": 0}, id="empty"),
+]
+
+
+@pytest.fixture(params=["fused", "chunked"])
+def path(request, monkeypatch, device):
+    """Run float32 bridges, all that the interpreter can do, on chip or in small chunks of tokens."""
+    if request.param == "fused" and device == "cuda":
+        pytest.skip("a GPU runs float32 in chunks only; TestOnGPU has the rest")
+    kernels = importlib.import_module(KERNELS)
+    monkeypatch.setattr(kernels, "FUSED_DTYPES", (torch.float32,) if request.param == "fused" else ())
+    monkeypatch.setattr(importlib.import_module(CHUNKED), "CHUNK_TOKENS", 64)
+    return request.param
+
+
+def run(function, inputs, *arguments, incoming=None, **options):
+    """The loss and the gradients of the inputs."""
+    inputs = [value.detach().clone().requires_grad_() for value in inputs]
+    loss = function(*inputs, *arguments, **options)
+    incoming = torch.ones_like(loss) if incoming is None else incoming
+    return [loss.detach(), *torch.autograd.grad(loss, inputs, incoming)]
+
+
+def assert_close(got, want):
+    for name, one, other in zip(NAMES, got, want, strict=True):
+        torch.testing.assert_close(
+            one, other.to(one.dtype), rtol=2e-5, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@pytest.mark.usefixtures("path")
+class TestKernels:
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_agree_with_the_definition(self, shape, device):
+        *inputs, target = make(dtype=torch.float32, device=device, **shape)
+        incoming = torch.tensor(3.0, device=device)
+        got = run(bridge_mse, inputs, target, backend="triton", incoming=incoming)
+        want = run(bridge_mse_ref, [value.double() for value in inputs], target.double(), incoming=incoming.double())
+        assert_close(got, want)
+
+    def test_read_any_strides(self, device):
+        x, *weights, target = make(dtype=torch.float32, device=device, length=20, width=12)
+        heads = torch.randn(2, 20, 3, 3, 4, device=device)  # a packed qkv: (batch, length, part, head, channel)
+        views = [
+            (torch.cat((x, x, x), -1)[..., 5:10], target, target),
+            (
+                x.transpose(1, 2).contiguous().transpose(1, 2),
+                target.transpose(1, 2).contiguous().transpose(1, 2),
+                target,
+            ),
+            (x, heads[:, :, 1].transpose(1, 2), heads[:, :, 1].flatten(2)),
+            (x, heads.transpose(3, 4)[:, :, 0].transpose(2, 3).transpose(1, 2), heads[:, :, 0].flatten(2)),
+            (x, heads.permute(2, 0, 3, 1, 4).contiguous()[2], heads[:, :, 2].flatten(2)),
+        ]
+        for view, seen, plain in views:
+            got = run(bridge_mse, (view, *weights), seen, backend="triton")
+            assert_close(got, run(bridge_mse_ref, (x, *weights), plain))
+
+    @pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32], ids=["int64", "int32"])
+    def test_mask_index_and_statistics(self, device, index_dtype):
+        generator = torch.Generator(device).manual_seed(1)
+        x, *weights, target = make(dtype=torch.float32, device=device, length=70, width=8)
+        mask = torch.rand(2, 70, generator=generator, device=device) > 0.4
+        index = (torch.randperm(70, generator=generator, device=device) - 1).to(index_dtype)  # one token is left out
+        mean, rstd = target.mean((0, 1)), 1 / target.std((0, 1))
+        options = {"mask": mask, "token_index": index, "target_mean": mean, "target_rstd": rstd}
+        want = run(bridge_mse_ref, (x, *weights), target, **options)
+        counted = mask & (index >= 0)
+        unseen = torch.ones(2, 70, dtype=torch.bool, device=device)
+        rows, tokens = counted.nonzero(as_tuple=True)
+        unseen[rows, index[tokens].long()] = False
+        x = x.masked_fill(~counted.unsqueeze(-1), torch.nan)
+        target = target.masked_fill(unseen.unsqueeze(-1), torch.nan)
+        assert_close(run(bridge_mse, (x, *weights), target, backend="triton", **options), want)
+
+    def test_nothing_counted_is_zero(self, device):
+        *inputs, target = make(dtype=torch.float32, device=device)
+        mask = torch.zeros(2, 9, dtype=torch.bool, device=device)
+        got = run(bridge_mse, inputs, target.fill_(torch.nan), mask=mask, backend="triton")
+        assert all(not value.any() for value in got)
+
+    def test_an_index_beyond_the_target_makes_the_loss_nan(self, device):
+        *inputs, target = make(dtype=torch.float32, device=device)
+        index = torch.arange(9, device=device)
+        assert not bridge_mse(*inputs, target, token_index=index, backend="triton").isnan()
+        assert bridge_mse(*inputs, target, token_index=index + 1, backend="triton").isnan()
+
+    def test_a_group_is_its_bridges(self, device):
+        cases = [make(seed, dtype=torch.float32, device=device, length=35, width=10) for seed in range(4)]
+        stacks = [torch.stack([case[i] for case in cases]).requires_grad_() for i in range(1, 5)]
+        xs = [case[0].clone().requires_grad_() for case in cases]
+        targets = [cases[0][5], cases[1][5]]
+        mask = torch.rand(4, 2, 35, generator=torch.Generator(device).manual_seed(1), device=device) > 0.4
+        index = torch.stack([torch.arange(35), torch.arange(35).flip(0)] * 2).to(device)
+        mean, rstd = torch.randn(2, 10, device=device), torch.rand(2, 10, device=device)
+        options = {"mask": mask, "token_index": index, "target_mean": mean, "target_rstd": rstd}
+        incoming = torch.tensor([1.0, 2.0, 3.0, 4.0], device=device)
+        results = []
+        for backend in ("triton", "reference"):
+            losses = bridge_mse_grouped(xs, *stacks, targets, backend=backend, **options)
+            results.append((losses, *torch.autograd.grad(losses, [*xs, *stacks], incoming)))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+
+    @pytest.mark.parametrize("frozen", range(5), ids=NAMES[1:])
+    def test_frozen_inputs_get_nothing_and_change_nothing(self, frozen, device):
+        *inputs, target = make(dtype=torch.float32, device=device)
+        want = run(bridge_mse_ref, inputs, target)
+        inputs = [value.requires_grad_(i != frozen) for i, value in enumerate(inputs)]
+        bridge_mse(*inputs, target, backend="triton").backward()
+        assert inputs[frozen].grad is None
+        kept = [i for i in range(5) if i != frozen]
+        for i in kept:
+            torch.testing.assert_close(inputs[i].grad, want[1 + i], rtol=2e-5, atol=2e-6)
+
+    def test_without_gradients_only_the_loss_is_made(self, device):
+        *inputs, target = make(dtype=torch.float32, device=device)
+        inputs = [value.requires_grad_() for value in inputs]
+        with torch.no_grad():
+            loss = bridge_mse(*inputs, target, backend="triton")
+        assert not loss.requires_grad
+        torch.testing.assert_close(loss, bridge_mse_ref(*inputs, target).detach())
+
+    def test_a_retained_graph_can_be_walked_twice_but_not_differentiated(self, device):
+        *inputs, target = make(dtype=torch.float32, device=device)
+        inputs = [value.requires_grad_() for value in inputs]
+        loss = bridge_mse(*inputs, target, backend="triton")
+        first, second = (torch.autograd.grad(loss, inputs, retain_graph=True) for _ in range(2))
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+        incoming = torch.ones_like(loss, requires_grad=True)
+        (dx,) = torch.autograd.grad(loss, inputs[:1], incoming, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            dx.sum().backward()
+
+    def test_two_runs_give_the_same_bits(self, device):
+        *inputs, target = make(dtype=torch.float32, device=device, length=300)
+        first, second = (run(bridge_mse, inputs, target, backend="triton") for _ in range(2))
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+    def test_compiles_as_one_graph(self, device, monkeypatch):
+        # Whether the interpreter runs is a question that only this test would compile.
+        monkeypatch.setattr("cab_kernels.bridge.op.choose_backend", lambda *_: "triton")
+        *inputs, target = make(dtype=torch.float32, device=device)
+        mask = torch.arange(9, device=device).expand(2, 9) % 3 > 0
+        compiled = torch.compile(bridge_mse, fullgraph=True, backend="aot_eager")
+        got = run(compiled, inputs, target, mask=mask, backend="triton")
+        assert_close(got, run(bridge_mse_ref, inputs, target, mask=mask))
+
+    @pytest.mark.parametrize("channels_first", [False, True], ids=["channels last", "channels first"])
+    def test_ops_are_what_they_declare(self, channels_first, device):
+        kernels = importlib.import_module(KERNELS)
+        x, w1, b1, w2, b2, target = make(dtype=torch.float32, device=device)
+        x = x.transpose(1, 2).contiguous().transpose(1, 2) if channels_first else x
+        weights = [value.unsqueeze(0) for value in (w1, b1, w2, b2)]
+        arguments = ([x], *weights, [target], None, None, None, None, torch.float32, 31)
+        torch.library.opcheck(torch.ops.cab_kernels.bridge_mse.default, arguments)
+        loss, *saved = kernels._forward(*arguments)
+        sizes = (5, 7, 6, torch.float32, torch.float32)
+        torch.library.opcheck(torch.ops.cab_kernels.bridge_mse_backward.default, (loss, *saved, *sizes, 31))
+
+
+def test_splits_fill_the_gpu():
+    choose = importlib.import_module(FUSED).choose_splits
+    assert choose(4, 394, 264, 1000) == 66  # one round of programs, 6 blocks each
+    assert choose(4, 394, 264, 40) == 40
+    assert choose(1, 1, 264, 1000) == 1
+    assert choose(2000, 5, 264, 0) == 1
+
+
+def test_chunks_are_full_rounds_of_tiles():
+    choose = importlib.import_module(CHUNKED).choose_chunk
+    assert choose(32768, 3 * 768 * 2, 768, 132) == 11264  # 88 * 3 tiles of 128 x 256 on 132 multiprocessors
+    assert choose(8192, 3 * 2048 * 2, 2048, 132) == 8192
+    assert choose(0, 100, 16, 132) == 1
+
+
+def eager(x, w1, b1, w2, b2, target):
+    return F.mse_loss(F.linear(F.silu(F.linear(x, w1, b1)), w2, b2), target)
+
+
+def autocast(function, dtype):
+    def call(*arguments, **options):
+        with torch.autocast("cuda", dtype):
+            return function(*arguments, **options)
+
+    return call
+
+
+@pytest.mark.gpu
+class TestOnGPU:
+    @pytest.mark.parametrize("noise", [None, 0.01], ids=["at the start", "near convergence"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+    @pytest.mark.parametrize(
+        "shape",
+        [(591, 16, 128, 192), (64, 24, 64, 200), (315, 64, 128, 384), (65, 128, 128, 1024), (63, 192, 128, 64),
+         (1182, 16, 256, 768), (600, 192, 768, 768), (8191, 16, 128, 192), (512, 2048, 2048, 2048), (65, 16, 4096, 64)],
+        ids=str,
+    )  # fmt: skip
+    def test_errs_less_than_autocast(self, shape, dtype, noise):
+        tokens, d_state, hidden, width = shape
+        *inputs, target = make(
+            batch=1, length=tokens, d_state=d_state, hidden=hidden, width=width, dtype=torch.float32, device="cuda"
+        )
+        inputs[0] = inputs[0].to(dtype)
+        if noise:
+            hidden_layer = F.silu(F.linear(inputs[0].float(), *inputs[1:3]))
+            target = F.linear(hidden_layer, *inputs[3:5]) + noise * target
+        target = target.to(dtype)
+        scale = torch.tensor(2.0**16 if dtype == torch.float16 else 1.0, device="cuda")
+        truth = run(bridge_mse_ref, [value.double() for value in inputs], target.double(), incoming=scale.double())
+        plain = run(autocast(eager, dtype), inputs, target, incoming=scale)
+        ours = run(autocast(bridge_mse, dtype), inputs, target, incoming=scale)
+        for name, exact, theirs, got in zip(NAMES, truth, plain, ours, strict=True):
+            error, allowed = ((value.double() - exact).norm() / exact.norm() for value in (got, theirs))
+            # The loss is one number, whose error may happen to be nothing: it gets a small part of a rounding.
+            slack = torch.finfo(dtype).eps / 16 if name == "loss" else 0
+            assert error <= 1.1 * allowed + slack, name
+
+    @pytest.mark.parametrize("precision", ["highest", "high"])
+    def test_float32_honours_the_matmul_precision(self, precision):
+        *inputs, target = make(dtype=torch.float32, device="cuda", length=600, d_state=16, hidden=128, width=192)
+        truth = run(bridge_mse_ref, [value.double() for value in inputs], target.double())
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            ours, plain = run(bridge_mse, inputs, target), run(eager, inputs, target)
+        finally:
+            torch.set_float32_matmul_precision(before)
+        for name, exact, theirs, got in zip(NAMES[1:], truth[1:], plain[1:], ours[1:], strict=True):
+            error, allowed = ((value.double() - exact).norm() / exact.norm() for value in (got, theirs))
+            assert error <= 2 * allowed + torch.finfo(torch.float32).eps, name
+            assert (error > 1e-5) == (precision == "high"), name
+
+    @pytest.mark.parametrize("path", ["fused", "chunked"])
+    def test_memory_is_gradients_and_buffers(self, path):
+        sizes = (
+            {"d_state": 16, "hidden": 128, "width": 192}
+            if path == "fused"
+            else {"d_state": 64, "hidden": 1024, "width": 1024}
+        )
+        peaks = []
+        for length in (256, 1024, 4096):
+            *inputs, target = make(batch=65536 // length, length=length, dtype=torch.bfloat16, device="cuda", **sizes)
+            inputs = [value.requires_grad_() for value in inputs]
+            bridge_mse(*inputs, target)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            loss = bridge_mse(*inputs, target)
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+            del loss
+        one_tensor = 65536 * min(sizes["hidden"], sizes["width"]) * 2
+        dx = 65536 * sizes["d_state"] * 2
+        buffers = 40 * 2**20 if path == "fused" else 100 * 2**20
+        assert peaks[0] == peaks[1] == peaks[2]
+        assert peaks[0] < dx + buffers
+        assert path == "chunked" or peaks[0] - dx < one_tensor * 2.5
+
+    def test_a_hundred_runs_give_the_same_bits(self):
+        *inputs, target = make(
+            dtype=torch.bfloat16, device="cuda", batch=8, length=591, d_state=16, hidden=128, width=192
+        )
+        first = run(bridge_mse, inputs, target)
+        for _ in range(99):
+            again = run(bridge_mse, inputs, target)
+            assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+    @pytest.mark.parametrize("hidden", [128, 768], ids=["fused", "chunked"])
+    def test_replays_as_a_cuda_graph(self, hidden):
+        *inputs, target = make(dtype=torch.bfloat16, device="cuda", length=200, d_state=16, hidden=hidden, width=192)
+        inputs = [value.requires_grad_() for value in inputs]
+
+        def step():
+            loss = bridge_mse(*inputs, target)
+            return [loss, *torch.autograd.grad(loss, inputs)]
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            target.copy_(torch.randn_like(target))
+            inputs[0].copy_(torch.randn_like(inputs[0]))
+        graph.replay()
+        assert all(torch.equal(one, other) for one, other in zip(captured, step(), strict=True))
+
+    def test_offsets_beyond_two_to_the_31(self):
+        tokens = 2**31 // 192 + 100
+        x, *weights, _ = make(batch=1, length=1, dtype=torch.bfloat16, device="cuda", d_state=16, hidden=64, width=192)
+        target = torch.zeros(tokens, 192, dtype=torch.bfloat16, device="cuda")
+        target[-64:] = 1
+        x = x[0].expand(tokens, 16)
+        index = torch.full((tokens,), -1, device="cuda")
+        index[:64] = torch.arange(tokens - 64, tokens, device="cuda")
+        got = bridge_mse(x, *weights, target, token_index=index)
+        torch.testing.assert_close(got, bridge_mse(x[:64], *weights, target[-64:]))
+
+
+FLAGS = {"HAS_MASK": True, "HAS_INDEX": True, "HAS_HEADS": True, "HAS_STATISTICS": True}
+BLOCKS = {"BLOCK_TOKENS": 128, "BLOCK_STATE": 16, "BLOCK_HIDDEN": 128, "BLOCK_WIDTH": 64, "NVIDIA_BF16": True}
+ROWS = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 128}
+TYPES = {
+    "*fp32": "w1 b1 w2 b2 mean rstd partials squares totals loss factor incoming db1 db2 out_w1 out_b1 out_w2 out_b2",
+    "*bf16": "dx out_x out z h r dh dz",
+    "*i32": "counts",
+    "*i1": "mask",
+    "*i64": "index",
+}
+
+
+def spec(module, kernel, constexprs, **options):
+    """A kernel's types by the names of its arguments: pointers end in _ptr, all else is a size or a stride."""
+    names = importlib.import_module(module).__dict__[kernel].arg_names
+    types = {f"{name}_ptr": kind for kind, group in TYPES.items() for name in group.split()}
+    signature = {name: types.get(name, "i32") for name in names} | {"xs": ["*bf16"] * 4, "targets": ["*bf16"] * 2}
+    options = {"num_warps": 4, "num_stages": 3} | options
+    return {
+        "module": module, "kernel": kernel, "signature": signature, "constexprs": constexprs, "options": options,
+    }  # fmt: skip
+
+
+def test_fused_kernels_compile_for_gpus_that_are_not_here(compile_offline):
+    tiles = {"num_warps": 8, "num_stages": 1}
+    nothing = {"mask_ptr": None, "index_ptr": None, "mean_ptr": None, "rstd_ptr": None} | dict.fromkeys(FLAGS, False)
+    log = compile_offline(
+        [
+            spec(FUSED, "_bridge_inner_kernel", FLAGS | BLOCKS | {"NEEDS_X": True, "NEEDS_W1": True}, **tiles),
+            spec(FUSED, "_bridge_inner_kernel", nothing | BLOCKS | {"NEEDS_X": False, "NEEDS_W1": False}, **tiles),
+            spec(FUSED, "_bridge_outer_kernel", FLAGS | BLOCKS, **tiles),
+        ]
+    )
+    assert log.count("sm_90") == 3
+
+
+def test_other_kernels_compile_for_gpus_that_are_not_here(compile_offline):
+    log = compile_offline(
+        [
+            spec(KERNELS, "_bridge_reduce_kernel", {"BLOCK": 256, "BLOCK_SPLITS": 16, "BLOCK_PARTS": 1024}),
+            spec(KERNELS, "_bridge_scale_kernel", {"BLOCK": 1024}),
+            spec(CHUNKED, "_chunk_x_kernel", ROWS | {"HAS_MASK": True, "HAS_INDEX": True}),
+            spec(CHUNKED, "_chunk_silu_kernel", ROWS),
+            spec(CHUNKED, "_chunk_residual_kernel", FLAGS | ROWS | {"ROWS": 64}),
+            spec(CHUNKED, "_chunk_slope_kernel", ROWS | {"ROWS": 64}),
+        ]
+    )
+    assert log.count("sm_90") == 6

@@ -113,3 +113,113 @@ class TestBadInput:
         arguments = {"source": torch.zeros(2, 7, 48), "num_heads": 4} | change
         with pytest.raises(ValueError, match="extract_qk: .*" + message):
             extract_qk(**arguments)
+
+
+def both(source, **options):
+    return extract_qk(source, backend="triton", **options), extract_qk_ref(source, **options)
+
+
+class TestKernels:
+    @pytest.mark.parametrize("norm", [None, "rms", "layer"])
+    @pytest.mark.parametrize("half", [0, 3, 6], ids=["unrotated", "partly rotated", "rotated"])
+    @pytest.mark.parametrize("interleaved", [False, True], ids=["neox", "gptj"])
+    def test_agree_with_the_definition(self, norm, half, interleaved, device):
+        source = draw(0, 2, 9, (4 + 2 * 2) * 12, device=device)
+        source[..., 72:] = torch.nan  # V, which nobody reads
+        kept = source.clone()
+        rope = Rope(*tables(9, half, device), interleaved) if half else None
+        norms = (None, None)
+        if norm:
+            weight, bias = draw(1, 12, device=device), draw(2, 12, device=device)
+            norms = (HeadNorm(norm, weight, bias, 1e-5), HeadNorm(norm, None, None, 1e-3))
+        index = torch.tensor([8, -1, 0, 3, 7], device=device)
+        options = {"num_heads": 4, "num_kv_heads": 2, "q_norm": norms[0], "k_norm": norms[1], "rope": rope}
+        for got, want in zip(*both(source, token_index=index, **options), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        assert torch.equal(source[..., :72], kept[..., :72])
+
+    @pytest.mark.parametrize("layout", ["flat", "heads"])
+    @pytest.mark.parametrize("repeat", [False, True], ids=["narrow", "repeated"])
+    def test_moves_are_exact(self, layout, repeat, device):
+        source = draw(0, 2, 9, (6 + 2 * 2) * 5, device=device).transpose(0, 1).contiguous().transpose(0, 1)
+        index = torch.arange(9, device=device).flip(0).int()
+        options = {"num_heads": 6, "num_kv_heads": 2, "repeat_kv": repeat, "out_layout": layout}
+        for got, want in zip(*both(source, token_index=index, **options), strict=True):
+            assert torch.equal(got, want)
+            assert got.is_contiguous()
+
+    @pytest.mark.parametrize("shape", [(1, 1), (2, 0), (3, 130)], ids=["one", "empty", "above two blocks"])
+    def test_sizes(self, shape, device):
+        for got, want in zip(*both(draw(0, *shape, 3 * 2 * 64, device=device), num_heads=2), strict=True):
+            assert torch.equal(got, want)
+
+    @pytest.mark.parametrize("pair", [False, True], ids=["packed", "pair"])
+    def test_from_hidden_states(self, pair, device, monkeypatch):
+        monkeypatch.setattr("cab_kernels.qk.kernels.BUFFER_BYTES", 2000)  # one batch entry at a time
+        hidden, weight, bias = (draw(*shape, device=device) for shape in ((0, 3, 9, 10), (1, 64, 10), (2, 64)))
+        weight[48:], bias[48:] = torch.nan, torch.nan  # V's rows
+        if pair:
+            weight, bias = (weight[:32], weight[32:48]), (bias[:32], bias[32:48])
+        cos, sin = tables(9, 4, device)
+        rope = Rope(torch.stack((cos, sin, cos)), torch.stack((sin, cos, sin)))  # of each batch entry
+        options = {"num_heads": 4, "num_kv_heads": 2, "weight": weight, "bias": bias, "rope": rope}
+        for got, want in zip(*both(hidden, **options), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+    def test_refuses_a_gradient(self, device):
+        source = draw(0, 1, 3, 24, device=device).requires_grad_()
+        with pytest.raises(ValueError, match="expected no gradient to be asked of backend 'triton'"):
+            extract_qk(source, num_heads=2, backend="triton")
+        with torch.no_grad():
+            assert not extract_qk(source, num_heads=2, backend="triton")[0].requires_grad
+
+    @pytest.mark.parametrize("flat", [False, True], ids=["heads", "flat"])
+    def test_op_is_what_it_declares(self, flat, device):
+        source, weight, (cos, sin) = draw(0, 2, 9, 48, device=device), draw(1, 4, device=device), tables(9, 1, device)
+        arguments = (source, None, None, 16, 2, 4, 2, 1, weight, None, 1e-6, cos, sin, False, None, flat)
+        torch.library.opcheck(torch.ops.cab_kernels.extract_heads.default, arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_rounds_once(dtype, head_dim):
+    source = draw(0, 4, 197, 3 * 6 * head_dim, dtype=dtype, device="cuda")
+    norm, rope = HeadNorm("rms", draw(1, head_dim, device="cuda")), Rope(*tables(197, 32, "cuda"))
+    got = extract_qk(source, num_heads=6, q_norm=norm, rope=rope)
+    norm, rope = norm._replace(weight=norm.weight.double()), Rope(rope.cos.double(), rope.sin.double())
+    want = extract_qk_ref(source.double(), num_heads=6, q_norm=norm, rope=rope)
+    for one, other in zip(got, want, strict=True):
+        eps = torch.finfo(dtype).eps  # float32's own error may tip a value that lies halfway to the other side
+        assert ((one.double() - other).abs() <= 0.501 * eps * 2 ** other.abs().log2().floor() + 1e-6).all()
+
+
+@pytest.mark.gpu
+def test_memory_is_the_output():
+    source = draw(0, 8, 1024, 3 * 768, dtype=torch.bfloat16, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    q, k = extract_qk(source, num_heads=12)
+    assert torch.cuda.max_memory_allocated() - before == q.nbytes + k.nbytes
+
+
+def test_kernel_compiles_for_gpus_that_are_not_here(compile_offline):
+    integers = "first_column out_tokens tokens head_dim half repeat stride_source_batch stride_source_token "
+    integers += "stride_source_column stride_out_batch stride_out_head stride_out_token stride_table_batch "
+    integers += "stride_table_token"
+    tables = dict.fromkeys(("cos_ptr", "sin_ptr", "weight_ptr", "bias_ptr"), "*fp32")
+    spec = {
+        "module": "cab_kernels.qk.kernels",
+        "kernel": "_extract_heads_kernel",
+        "signature": {"source_ptr": "*bf16", "out_ptr": "*bf16", "index_ptr": "*i64", "eps": "fp32"}
+        | dict.fromkeys(integers.split(), "i32")
+        | tables,
+        "options": {"num_warps": 4},
+    }
+    blocks = {"BLOCK_TOKENS": 32, "BLOCK_HALF": 32, "BLOCK_REST": 64}
+    whole, parts = {"HAS_PAIRS": True, "HAS_REST": False}, {"HAS_PAIRS": True, "HAS_REST": True}
+    plain = {"NORM": 0, "INTERLEAVED": False, "HAS_PAIRS": False, "HAS_REST": True, "index_ptr": None}
+    constexprs = [{"NORM": 2, "INTERLEAVED": True, **whole}, {"NORM": 1, "INTERLEAVED": False, **parts}]
+    constexprs.append(plain | dict.fromkeys(tables))
+    log = compile_offline([spec | {"constexprs": blocks | choice} for choice in constexprs])
+    assert log.count("sm_90") == 3

@@ -19,7 +19,8 @@ from cab_kernels import _backend, selective_scan_fn, selective_scan_ref
 
 pytest.importorskip("triton")
 
-from cab_kernels.scan.kernels import selective_scan
+from cab_kernels.scan import kernels
+from cab_kernels.scan.kernels import Tiling, selective_scan
 
 
 def triton_scan(*args, **kwargs):
@@ -29,6 +30,40 @@ def triton_scan(*args, **kwargs):
 @pytest.mark.parametrize(("sizes", "options"), CASES.values(), ids=CASES)
 def test_matches_definition(sizes, options, device):
     assert_within_budget(triton_scan, make_inputs(**sizes, dtype=torch.float32, device=device), options)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sequences_are_split_in_time(packed, device, monkeypatch):
+    """Of spans so short that forward and backward each split a sequence into several."""
+    monkeypatch.setattr(kernels, "SPAN", 8)
+    sizes = {"batch": 1, "dim": 5, "length": 21, "dstate": 4, "optional": ALL, "sequences": 3 if packed else None}
+    bounds = {"cu_seqlens": [0, 18, 18, 21]} if packed else {}
+    inputs = make_inputs(**sizes, dtype=torch.float32, device=device)
+    assert_within_budget(triton_scan, inputs, {"delta_softplus": True, **bounds})
+
+
+@pytest.mark.parametrize("layout", ["length-contiguous", "channel-contiguous"])
+def test_a_model_s_states_are_shared_out_over_lanes(layout, device):
+    """16 states: several lanes a channel, several channels a lane, and more than one block of channels."""
+    inputs = make_inputs(batch=1, dim=19, length=11, dstate=16, optional=ALL, dtype=torch.float32, device=device)
+    if layout == "channel-contiguous":
+        inputs = as_in_a_model(inputs)
+    assert_within_budget(triton_scan, inputs, {"delta_softplus": True})
+
+
+def test_scratch_is_shared_by_slices_of_the_channels(device, monkeypatch):
+    inputs = make_inputs(batch=1, dim=70, length=3, dstate=3, dtype=torch.float32, device=device)
+    want = results_and_gradients(triton_scan, inputs, {})
+    monkeypatch.setattr(kernels, "_blocks_at_once", lambda *_: 2)
+    got = results_and_gradients(triton_scan, inputs, {})
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
+@pytest.fixture
+def short_iterations(monkeypatch):
+    """Iterations of two steps: tests of what surrounds the kernels need not wait for steps that are not there."""
+    monkeypatch.setattr(kernels, "TILINGS", {4: Tiling(2, 2, 2, 2, 1)})
 
 
 def test_empty_inputs_give_zero_gradients(device):
@@ -143,7 +178,7 @@ def test_strides_are_read_in_place_and_handed_on(layout, constant, device):
         assert got[f"d{name}"].stride() == torch.empty_like(tensor).stride(), name
 
 
-@pytest.mark.usefixtures("uninitialized_memory_is_nan")
+@pytest.mark.usefixtures("uninitialized_memory_is_nan", "short_iterations")
 @pytest.mark.parametrize("sizes", [{"optional": ALL}, {"B": CONSTANT, "C": CONSTANT, "optional": ALL}], ids=str)
 def test_each_gradient_alone_is_the_same_and_the_others_are_none(sizes, device):
     inputs = {n: t.detach() for n, t in make_inputs(**sizes, length=2, dtype=torch.float32, device=device).items()}
@@ -185,6 +220,7 @@ ignore_look_at_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of 
 
 
 @ignore_look_at_grad
+@pytest.mark.usefixtures("short_iterations")
 @pytest.mark.parametrize("last_state", [False, True])
 @pytest.mark.parametrize(
     "inputs",
@@ -201,12 +237,14 @@ def test_the_op_keeps_the_rules_of_torch_library(inputs, last_state, device):
 
 
 @ignore_look_at_grad
+@pytest.mark.usefixtures("short_iterations")
 def test_the_op_keeps_the_rules_of_torch_library_for_packed_sequences(device):
     inputs = make_inputs(batch=1, sequences=2, optional=ALL, dtype=torch.float32, device=device)
     cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32, device=device)
     torch.library.opcheck(selective_scan, (*positional(inputs, cu_seqlens), True, False, True))
 
 
+@pytest.mark.usefixtures("short_iterations")
 def test_compiles_without_a_graph_break(device, monkeypatch):
     monkeypatch.setattr(_backend, "interpreting", lambda: not torch.cuda.is_available())  # reads what dynamo cannot
     inputs = as_in_a_model(make_inputs(dtype=torch.float32, device=device))

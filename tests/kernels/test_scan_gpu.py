@@ -114,10 +114,10 @@ def test_more_programs_than_a_short_grid_axis_has():
 def test_new_lengths_do_not_compile_anew(monkeypatch):
     compiled = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **kwargs: compiled.append(kwargs))
-    for length in (37, 39, 41, 171, 1023):
+    for length in (37, 1023, 39, 41, 171, 899):  # a short one, and one that is split in time
         inputs = make_inputs(2, 48, length, 5, dtype=FLOAT, device="cuda")
         results_and_gradients(selective_scan_fn, inputs, {})
-        if length == 37:
+        if length in (37, 1023):
             assert compiled
             compiled.clear()
     assert not compiled
@@ -140,8 +140,8 @@ def test_offsets_beyond_31_bits():
     end = {"u": u.detach()[1:, -64:], "delta": delta.detach()[1:, -64:]}
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in end.items()}
     want = selective_scan_fn(**leaves, A=A[-64:], B=BC[0, 1:], C=BC[1, 1:], delta_softplus=True)
-    assert torch.equal(out[1:, -64:], want)
+    torch.testing.assert_close(out[1:, -64:], want)  # not the same bits: a scan of few channels is split in time
     du, ddelta = torch.autograd.grad(out, (u, delta), u.detach())
     want.backward(end["u"])
-    assert torch.equal(du[1:, -64:], leaves["u"].grad)
-    assert torch.equal(ddelta[1:, -64:], leaves["delta"].grad)
+    torch.testing.assert_close(du[1:, -64:], leaves["u"].grad)
+    torch.testing.assert_close(ddelta[1:, -64:], leaves["delta"].grad)

@@ -1,44 +1,67 @@
 """The kernels of the selective scan compile for GPUs that are not here."""
 
+import importlib
+import inspect
+
 import pytest
 
 pytest.importorskip("triton")
 
-MODULE = "cab_kernels.scan.kernels"
-FWD_ABSENT = ("D_ptr", "z_ptr", "delta_bias_ptr", "initial_state_ptr", "cu_seqlens_ptr", "strides_z")
-BWD_ABSENT = (*FWD_ABSENT, "dD_ptr", "dz_ptr", "ddelta_bias_ptr", "dinitial_state_ptr", "dlast_state_ptr", "strides_dz")
-STRIDES = ["i64"] * 3
+from cab_kernels.scan.kernels import PAD, TILINGS
+
+ACTIVATIONS = ("u", "delta", "z", "out", "dout", "du", "ddelta", "dz")
+ABSENT = ("D", "z", "delta_bias", "initial", "cu_seqlens", "last", "dlast", "start", "dD", "dz", "dbias", "dinitial")
+KERNELS = {
+    "forward": ("_selective_scan_fwd_kernel", "_pack_kernel"),
+    "states": ("_sweep_kernel", "_chain_kernel"),
+    "backward": ("_selective_scan_bwd_kernel", "_sum_rows_kernel"),
+}
 
 
-def spec(kernel: str, options_on: bool, constant: bool, tile: tuple[int, int]) -> dict:
-    """All options on, or all off and every gradient of an absent input too."""
-    activations = ("u", "delta", "z", "out", "dout", "du", "ddelta", "dz", "B", "C")
-    pointers = [*activations, "A", "D", "delta_bias", "initial_state", "last_state", "dlast_state", "befores", "states"]
-    pointers += [f"d{name}" for name in ("A", "B", "C", "D", "delta_bias", "initial_state")]
-    signature = {f"{name}_ptr": "*bf16" if name in activations else "*fp32" for name in pointers}
-    signature |= {"cu_seqlens_ptr": "*i32"}
-    signature |= {f"strides_{name}": STRIDES for name in activations}
-    signature |= {f"strides_{name}": STRIDES[:2] if constant else [*STRIDES, "i64"] for name in ("B", "C")}
-    signature |= dict.fromkeys(("length", "dim", "dstate", "groups", "befores"), "i32")
-    constexprs = {"DELTA_SOFTPLUS": options_on, "REVERSE": options_on, "CONSTANT_B": constant, "CONSTANT_C": constant}
-    constexprs |= {"BLOCK_DIM": tile[0], "BLOCK_DSTATE": tile[1]}
-    backward = kernel == "_selective_scan_bwd_kernel"
-    if backward:
-        constexprs["CHUNK"] = 64
+def spec(module: str, kernel: str, *, options_on: bool, dstate: int, layout: int, native: bool) -> dict:
+    """All options on and B and C variable, or all options off and B and C constant."""
+    module = f"cab_kernels.scan.{module}"
+    names = list(inspect.signature(getattr(importlib.import_module(module), kernel).fn).parameters)
+    tiling = TILINGS[dstate]
+    values = {name: getattr(tiling, name) for name in ("S", "R", "NT", "STEPS", "PARTS")}
+    values |= {"SPAN": 512, "PAD": PAD, "N": dstate, "BLOCK": 16, "AHEAD": 8, "NATIVE": native}
+    values |= dict.fromkeys(("SOFTPLUS", "REVERSE", "SPLIT", "ADJOINT", "BACKWARD"), options_on)
+    values |= {"LOCAL": not options_on}
+    for name in ACTIVATIONS:
+        values[f"LAYOUT_{name.upper()}"] = layout
+        values[f"STRIDE_{name.upper()}"] = (-1 if options_on else 1) * (1 if layout else 96)
+    if options_on and kernel != "_pack_kernel":  # B and C vary, and are read from what _pack_kernel made of them
+        values |= {"B_ptr": None, "C_ptr": None}
     if not options_on:
-        constexprs |= dict.fromkeys(BWD_ABSENT if backward else FWD_ABSENT)
+        values |= {f"{name}_ptr": None for name in ABSENT}
+    signature = {}
+    for name in names:
+        if name.startswith("strides_"):
+            signature[name] = ["i64"] * (4 if name in ("strides_B", "strides_C", "strides_dB", "strides_dC") else 2)
+        elif name.endswith("_ptr"):
+            signature[name] = "*bf16" if name.removesuffix("_ptr") in ACTIVATIONS else "*fp32"
+        else:
+            signature[name] = "i32"
+    signature["cu_seqlens_ptr"] = "*i32"
     return {
-        "module": MODULE,
+        "module": module,
         "kernel": kernel,
         "signature": signature,
-        "constexprs": constexprs,
-        "options": {"num_warps": 1, "enable_fp_fusion": True},
+        "constexprs": {name: value for name, value in values.items() if name in names},
+        "options": {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True},
     }
 
 
-def test_compiles_for_sm_80_90_and_100(compile_offline):
-    kernels = ("_selective_scan_fwd_kernel", "_selective_scan_bwd_kernel")
-    specs = [spec(kernel, True, False, (32, 16)) for kernel in kernels]
-    specs += [spec(kernel, False, True, (2, 256)) for kernel in kernels]
+# Each way to read memory, with the instructions of NVIDIA GPUs and with what stands in for them.
+VARIANTS = [
+    {"options_on": True, "dstate": 16, "layout": 0, "native": True},
+    {"options_on": False, "dstate": 2, "layout": 2, "native": True},
+    {"options_on": True, "dstate": 4, "layout": 1, "native": False},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_compiles_for_sm_80_90_and_100(compile_offline, variant):
+    specs = [spec(module, kernel, **variant) for module, kernels in KERNELS.items() for kernel in kernels]
     log = compile_offline(specs)
     assert len(log.splitlines()) == 3 * len(specs)

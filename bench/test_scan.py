@@ -1,0 +1,142 @@
+"""The selective scan's speed, forward and backward: ``pytest bench/test_scan.py --benchmark-only [--sweep]``.
+
+The rival is mamba_ssm's CUDA extension: timed beside ours where it is installed, else its recorded figures, on the GPU
+that ``peer_scan_h100.json`` names. The floor is the larger of two times: the bytes that must be read and written once,
+over 3.0 TB/s, a copy's rate on an H100; and an exponential for each batch, channel, step and state, at 16 a clock on
+each of its multiprocessors. All options are on: D, z, delta_bias, softplus.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from cab_kernels import selective_scan_fn, selective_scan_ref
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from _machine import describe_machine
+
+RECORDED = json.loads(pathlib.Path(__file__).with_name("peer_scan_h100.json").read_text())
+COPY_BYTES_PER_MS = 3.0e9
+EXPONENTIALS_PER_MS = 16 * 132 * 1.755e6
+REFERENCE_NUMBERS = 1e9  # the definition keeps the states of a chunk: beyond this, it takes minutes
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = list(RECORDED["table"])
+    if metafunc.config.getoption("--sweep"):
+        names += [name for name in RECORDED["sweep"] if name not in RECORDED["table"]]
+    metafunc.parametrize("name", names)
+    metafunc.parametrize("layout", ["length-contiguous", "channel-contiguous"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def report(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    lines: list[str] = []
+    yield lines
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n{describe_machine()}\nRival, where recorded: {RECORDED['machine']}")
+        print("| shape, dtype, layout | what | ms | rival ms | ratio | definition ms | floor ms | of floor |")
+        print("|---|---|---|---|---|---|---|---|")
+        print("\n".join(lines))
+
+
+def make_inputs(batch: int, dim: int, length: int, dstate: int, dtype: torch.dtype, layout: str) -> dict:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    def activation() -> torch.Tensor:
+        if layout == "channel-contiguous":
+            return normal(batch, length, dim).to(dtype).mT
+        return normal(batch, dim, length).to(dtype)
+
+    inputs = {"u": activation(), "delta": activation() - 3, "z": activation()}
+    inputs |= {name: normal(batch, 1, dstate, length).to(dtype) for name in ("B", "C")}
+    inputs |= {"A": -torch.arange(1.0, dstate + 1, device="cuda").repeat(dim, 1)}
+    inputs |= {"D": normal(dim), "delta_bias": normal(dim) * 0.5}
+    return {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+
+
+def check() -> None:
+    """Refuse to report the speed of a wrong answer."""
+    inputs = make_inputs(2, 80, 517, 16, torch.float32, "channel-contiguous")
+    wide = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
+    results = []
+    for scan, given in ((selective_scan_fn, inputs), (selective_scan_ref, wide)):
+        out = scan(**given, delta_softplus=True)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), list(given.values()))])
+    for got, want in zip(*results, strict=True):
+        assert ((got - want).norm() / want.norm()).item() < 1e-5, "wrong results: no figures"
+
+
+def cuda_extension() -> Callable | None:
+    try:
+        importlib.import_module("selective_scan_cuda")
+        return importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+    except (ImportError, AttributeError):
+        return None
+
+
+def median(function: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(function, warmup=10, rep=50, return_mode="median")
+
+
+def time_both(scan: Callable, inputs: dict) -> tuple[float, float]:
+    """Milliseconds of forward, and of backward alone."""
+    forward = median(lambda: scan(**inputs, delta_softplus=True))
+    out = scan(**inputs, delta_softplus=True)
+    dout, leaves = torch.randn_like(out), list(inputs.values())
+    return forward, median(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
+
+
+def floors(batch: int, dim: int, length: int, dstate: int, size: int) -> tuple[float, float]:
+    # Forward: u, delta, z, out; B, C. Backward: u, delta, z, dout, du, ddelta, dz, ungated out; B, C, dB, dC.
+    activation, projection = batch * dim * length * size, batch * dstate * length * size
+    exponentials = batch * dim * length * dstate / EXPONENTIALS_PER_MS
+    return (
+        max((4 * activation + 2 * projection) / COPY_BYTES_PER_MS, exponentials),
+        max((8 * activation + 4 * projection) / COPY_BYTES_PER_MS, exponentials),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def checked() -> None:
+    check()
+
+
+def test_scan(name: str, layout: str, benchmark, report: list[str]) -> None:
+    sizes, states, dtype_name = name.split()
+    batch, dim, length = map(int, sizes.split("x"))
+    dstate, dtype = int(states[1:]), getattr(torch, dtype_name)
+    inputs = make_inputs(batch, dim, length, dstate, dtype, layout)
+    ours = time_both(selective_scan_fn, inputs)
+    extension = cuda_extension()
+    recorded = RECORDED["table"].get(name) or RECORDED["sweep"][name]
+    rival = recorded if extension is None else time_both(extension, inputs)
+    definition = (None, None)
+    if batch * dim * length * dstate <= REFERENCE_NUMBERS and length <= 4096:
+        definition = time_both(selective_scan_ref, inputs)
+    label = "recorded" if extension is None else "timed here"
+    floor = floors(batch, dim, length, dstate, dtype.itemsize)
+    for what, ms, rival_ms, definition_ms, floor_ms in zip(
+        ("forward", "backward"), ours, rival, definition, floor, strict=True
+    ):
+        slow = "-" if definition_ms is None else f"{definition_ms:.1f}"
+        report.append(
+            f"| {name}, {layout} | {what} | {ms:.4f} | {rival_ms:.4f} ({label}) | {rival_ms / ms:.2f} | {slow} "
+            f"| {floor_ms:.4f} | {floor_ms / ms:.0%} |"
+        )
+    benchmark.pedantic(lambda: selective_scan_fn(**inputs, delta_softplus=True), rounds=5, warmup_rounds=1)
+    benchmark.extra_info.update(forward_ms=ours[0], backward_ms=ours[1], rival_ms=list(rival))

@@ -1,0 +1,366 @@
+"""The bridge loss on a GPU: which kernels run, the ``torch.library`` op, and its gradients.
+
+Everything is done in the forward pass: the loss and, unscaled, the gradients that will be asked for. Backward makes one
+launch, which multiplies them by ``2 * incoming / (counted tokens * width)`` and casts them. So neither the target nor
+anything of the size of the hidden layer is kept. Nothing is scaled in place: a retained graph can be walked again.
+
+Symbols of arXiv:2510.19266 and ours: phi_B, phi_C = a bridge; B, C = x; K, Q = target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from cab_kernels.bridge.chunked_kernels import bridge_mse_chunked, is_small
+from cab_kernels.bridge.fused_kernels import (
+    MAX_HIDDEN,
+    MAX_WEIGHT,
+    Call,
+    bridge_mse_fused,
+    cdiv,
+    gradient_size,
+)
+
+NEEDS_X, NEEDS_W1, NEEDS_B1, NEEDS_W2, NEEDS_B2 = 1, 2, 4, 8, 16
+FUSED_DTYPES = (torch.bfloat16, torch.float16)  # float32 operands would double every register; cuBLAS does them
+BLOCK, REDUCE_BLOCK = 1024, 256
+
+
+@triton.jit
+def _bridge_reduce_kernel(
+    partials_ptr,
+    squares_ptr,
+    counts_ptr,
+    totals_ptr,
+    loss_ptr,
+    factor_ptr,
+    size,
+    splits,
+    parts,
+    width,
+    BLOCK: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """Sum one block of a bridge's partial gradients over the splits, in order; the first program makes the loss too."""
+    bridge = tl.program_id(1)
+    if partials_ptr is not None:
+        offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK_SPLITS, BLOCK), tl.float32)
+        for first in range(0, splits, BLOCK_SPLITS):
+            split = first + tl.arange(0, BLOCK_SPLITS)
+            rows = partials_ptr + (bridge * splits + split).to(tl.int64) * size
+            mask = (split < splits)[:, None] & (offs < size)[None, :]
+            total += tl.load(rows[:, None] + offs[None, :], mask=mask, other=0.0)
+        tl.store(totals_ptr + bridge.to(tl.int64) * size + offs, tl.sum(total, 0), mask=offs < size)
+    if tl.program_id(0) == 0:
+        squares = tl.zeros((BLOCK_PARTS,), tl.float64)
+        counts = tl.zeros((BLOCK_PARTS,), tl.int64)
+        for start in range(0, parts, BLOCK_PARTS):
+            part = start + tl.arange(0, BLOCK_PARTS)
+            squares += tl.load(squares_ptr + bridge * parts + part, mask=part < parts, other=0.0).to(tl.float64)
+            counts += tl.load(counts_ptr + bridge * parts + part, mask=part < parts, other=0).to(tl.int64)
+        terms = tl.maximum(tl.sum(counts), 1).to(tl.float64) * width
+        tl.store(loss_ptr + bridge, (tl.sum(squares) / terms).to(tl.float32))
+        tl.store(factor_ptr + bridge, (2.0 / terms).to(tl.float32))
+
+
+@triton.jit
+def _scale(source_ptr, out_ptr, size, stride_source, first, bridge, factor, BLOCK: tl.constexpr):
+    """Scale the block of a gradient that is this program's, if it is one; return where the next gradient begins."""
+    block = tl.program_id(0) - first
+    if (block >= 0) & (block < tl.cdiv(size, BLOCK)):
+        offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(source_ptr + bridge * stride_source + offs, mask=offs < size, other=0.0).to(tl.float32)
+        tl.store(out_ptr + bridge * size + offs, (value * factor).to(out_ptr.dtype.element_ty), mask=offs < size)
+    return first + tl.cdiv(size, BLOCK)
+
+
+@triton.jit
+def _bridge_scale_kernel(
+    incoming_ptr,
+    factor_ptr,
+    dx_ptr,
+    totals_ptr,
+    out_x_ptr,
+    out_w1_ptr,
+    out_b1_ptr,
+    out_w2_ptr,
+    out_b2_ptr,
+    size_x,
+    size_w1,
+    size_b1,
+    size_w2,
+    size_b2,
+    BLOCK: tl.constexpr,
+):
+    """Multiply one block of one gradient of a bridge by its factor; programs are numbered through all gradients."""
+    bridge = tl.program_id(1).to(tl.int64)
+    factor = tl.load(incoming_ptr + bridge).to(tl.float32) * tl.load(factor_ptr + bridge)
+    stride = size_w1 + size_b1 + size_w2 + size_b2
+    first = 0
+    if out_x_ptr is not None:
+        first = _scale(dx_ptr, out_x_ptr, size_x, size_x, first, bridge, factor, BLOCK)
+    if out_w1_ptr is not None:
+        first = _scale(totals_ptr, out_w1_ptr, size_w1, stride, first, bridge, factor, BLOCK)
+    if out_b1_ptr is not None:
+        first = _scale(totals_ptr + size_w1, out_b1_ptr, size_b1, stride, first, bridge, factor, BLOCK)
+    if out_w2_ptr is not None:
+        first = _scale(totals_ptr + size_w1 + size_b1, out_w2_ptr, size_w2, stride, first, bridge, factor, BLOCK)
+    if out_b2_ptr is not None:
+        before = size_w1 + size_b1 + size_w2
+        first = _scale(totals_ptr + before, out_b2_ptr, size_b2, stride, first, bridge, factor, BLOCK)
+
+
+def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes a tensor's GPU the current one, on which Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _fused(w1: torch.Tensor, compute: torch.dtype) -> bool:
+    """Whether a bridge stays on chip; in comparisons that sizes without a value, as a compiler has them, can take."""
+    hidden, d_state = w1.shape[-2:]
+    widest = MAX_WEIGHT // (64 if hidden <= 64 else MAX_HIDDEN)
+    return compute in FUSED_DTYPES and hidden <= MAX_HIDDEN and d_state <= widest
+
+
+def _empty_dx(xs: list[torch.Tensor], w1: torch.Tensor, w2: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
+    """A stack of gradients of xs; channels first like x where x is, if the kernel can write that.
+
+    Scaling in backward rounds dx once more. The fused kernels round so little before that this does not matter, and in
+    large bridges it is one rounding among many; in small ones that go through cuBLAS, dx is kept in float32 for it.
+    """
+    x = xs[0]
+    batch, length, d_state = x.shape
+    if _fused(w1, compute):
+        if x.stride(1) < x.stride(2):
+            return x.new_empty((len(xs), batch, d_state, length), dtype=compute).transpose(2, 3)
+    elif is_small(w1.shape[1], d_state, w2.shape[1]):
+        compute = torch.float32
+    return x.new_empty((len(xs), batch, length, d_state), dtype=compute)
+
+
+def _alike(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors themselves if their strides agree, else contiguous ones."""
+    if all(tensor.stride() == tensors[0].stride() for tensor in tensors):
+        return tensors
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def _forward(
+    xs: list[torch.Tensor],
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    targets: list[torch.Tensor],
+    mask: torch.Tensor | None,
+    token_index: torch.Tensor | None,
+    target_mean: torch.Tensor | None,
+    target_rstd: torch.Tensor | None,
+    compute: torch.dtype,
+    needs: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses (bridges,), factors (bridges,), unscaled dx (bridges, batch, length, d_state) and weight gradients.
+
+    ``needs`` says by NEEDS_* which gradients to make; those not made are of size 0, or undefined inside a row.
+    """
+    with torch.autocast(xs[0].device.type, enabled=False), device_of(xs[0]):
+        call = Call(
+            _alike([x.to(compute) for x in xs]),
+            w1.contiguous(),
+            b1.contiguous(),
+            w2.contiguous(),
+            b2.contiguous(),
+            _alike(targets),
+            None if mask is None else mask.contiguous(),
+            None if token_index is None else token_index.contiguous(),
+            None if target_mean is None else target_mean.contiguous(),
+            None if target_rstd is None else target_rstd.contiguous(),
+        )
+        fused = _fused(w1, compute)
+        dx = _empty_dx(xs, w1, w2, compute) if needs & NEEDS_X else None
+        needs_w1, needs_w2 = bool(needs & (NEEDS_W1 | NEEDS_B1)), bool(needs & (NEEDS_W2 | NEEDS_B2))
+        totals = None
+        if needs_w1 or needs_w2:
+            totals = w1.new_empty((len(xs), gradient_size(call)), dtype=torch.float32)
+        if fused:
+            squares, counts, partials = bridge_mse_fused(call, dx, needs_w1, needs_w2)
+        else:
+            squares, counts = bridge_mse_chunked(call, dx, totals, needs_w1, needs_w2)
+            partials = None
+        loss, factor = _reduce(call, squares, counts, partials, totals)
+    return (
+        loss,
+        factor,
+        xs[0].new_empty((0,), dtype=compute) if dx is None else dx,
+        w1.new_empty((0,), dtype=torch.float32) if totals is None else totals,
+    )
+
+
+_forward_op = torch.library.custom_op("cab_kernels::bridge_mse", _forward, mutates_args=())
+
+
+@_forward_op.register_fake
+def _(xs, w1, b1, w2, b2, targets, mask, token_index, target_mean, target_rstd, compute, needs):
+    bridges, hidden, d_state = w1.shape
+    dx = _empty_dx(xs, w1, w2, compute) if needs & NEEDS_X else xs[0].new_empty((0,), dtype=compute)
+    size = hidden * (d_state + 1) + w2.shape[1] * (hidden + 1)
+    shape = (bridges, size) if needs & ~NEEDS_X else (0,)
+    loss, factor = (w1.new_empty((bridges,), dtype=torch.float32) for _ in range(2))
+    return loss, factor, dx, w1.new_empty(shape, dtype=torch.float32)
+
+
+def _backward(
+    incoming: torch.Tensor,
+    factor: torch.Tensor,
+    dx: torch.Tensor,
+    totals: torch.Tensor,
+    d_state: int,
+    hidden: int,
+    width: int,
+    x_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    needs: int,
+) -> list[torch.Tensor]:
+    """The gradients that ``needs`` names, in its order, times the factor and the incoming gradient."""
+    outs = _empty_gradients(factor, dx, d_state, hidden, width, x_dtype, weight_dtype, needs)
+    sizes = (dx.numel() // len(factor), hidden * d_state, hidden, width * hidden, width)
+    blocks = sum(cdiv(size, BLOCK) for size, out in zip(sizes, outs, strict=True) if out is not None)
+    with device_of(factor):
+        _bridge_scale_kernel[(blocks, len(factor))](
+            incoming.contiguous(),
+            factor,
+            dx,
+            totals,
+            *outs,
+            *sizes,
+            BLOCK=BLOCK,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return [out for out in outs if out is not None]
+
+
+_backward_op = torch.library.custom_op("cab_kernels::bridge_mse_backward", _backward, mutates_args=())
+
+
+@_backward_op.register_fake
+def _(incoming, factor, dx, totals, d_state, hidden, width, x_dtype, weight_dtype, needs):
+    outs = _empty_gradients(factor, dx, d_state, hidden, width, x_dtype, weight_dtype, needs)
+    return [out for out in outs if out is not None]
+
+
+def _empty_gradients(
+    factor: torch.Tensor,
+    dx: torch.Tensor,
+    d_state: int,
+    hidden: int,
+    width: int,
+    x_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    needs: int,
+) -> list[torch.Tensor | None]:
+    """Space for dx, dw1, db1, dw2 and db2; None for those that nobody needs."""
+    bridges = len(factor)
+    shapes = ((bridges, hidden, d_state), (bridges, hidden), (bridges, width, hidden), (bridges, width))
+    outs: list[torch.Tensor | None] = [torch.empty_like(dx, dtype=x_dtype) if needs & NEEDS_X else None]
+    for bit, shape in zip((NEEDS_W1, NEEDS_B1, NEEDS_W2, NEEDS_B2), shapes, strict=True):
+        outs.append(factor.new_empty(shape, dtype=weight_dtype) if needs & bit else None)
+    return outs
+
+
+class BridgeMSEFunction(torch.autograd.Function):
+    """The losses; their gradients are already there when backward comes.
+
+    Compiled, both directions go through their ``torch.library`` ops; called directly, they do not, because the
+    dispatcher's work on lists of tensors would take as long as the kernels do.
+    """
+
+    @staticmethod
+    def forward(ctx, bridges, compute, needs, w1, b1, w2, b2, mask, token_index, target_mean, target_rstd, *lists):
+        forward = _forward_op if torch.compiler.is_compiling() else _forward
+        xs, targets = list(lists[:bridges]), list(lists[bridges:])
+        loss, factor, dx, totals = forward(
+            xs, w1, b1, w2, b2, targets, mask, token_index, target_mean, target_rstd, compute, needs
+        )
+        ctx.save_for_backward(factor, dx, totals)
+        ctx.sizes = (w1.shape[2], w1.shape[1], w2.shape[1], xs[0].dtype, w1.dtype)
+        ctx.bridges, ctx.targets, ctx.needs = bridges, len(targets), needs
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, incoming):
+        backward = _backward_op if torch.compiler.is_compiling() else _backward
+        outs = iter(backward(incoming, *ctx.saved_tensors, *ctx.sizes, ctx.needs))
+        dx, *weights = (
+            next(outs) if ctx.needs & bit else None for bit in (NEEDS_X, NEEDS_W1, NEEDS_B1, NEEDS_W2, NEEDS_B2)
+        )
+        dxs = [None] * ctx.bridges if dx is None else dx.unbind()
+        return None, None, None, *weights, None, None, None, None, *dxs, *[None] * ctx.targets
+
+
+def bridge_mse_triton(
+    xs: list[torch.Tensor],
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    targets: list[torch.Tensor],
+    mask: torch.Tensor | None,
+    token_index: torch.Tensor | None,
+    target_mean: torch.Tensor | None,
+    target_rstd: torch.Tensor | None,
+) -> torch.Tensor:
+    """Losses (bridges,) of stacked bridges, float32; the arguments of :func:`cab_kernels.bridge_mse_grouped`."""
+    if xs[0].dim() == 2:
+        xs, targets = [x.unsqueeze(0) for x in xs], [target.unsqueeze(0) for target in targets]
+        mask = None if mask is None else mask.unsqueeze(-2)
+    device = xs[0].device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else xs[0].dtype
+    needs = 0
+    if torch.is_grad_enabled():
+        needs = NEEDS_X if any(x.requires_grad for x in xs) else 0
+        for bit, weight in ((NEEDS_W1, w1), (NEEDS_B1, b1), (NEEDS_W2, w2), (NEEDS_B2, b2)):
+            needs |= bit if weight.requires_grad else 0
+    return BridgeMSEFunction.apply(
+        len(xs), compute, needs, w1, b1, w2, b2, mask, token_index, target_mean, target_rstd, *xs, *targets
+    )
+
+
+def _reduce(
+    call: Call,
+    squares: torch.Tensor,
+    counts: torch.Tensor,
+    partials: torch.Tensor | None,
+    totals: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses and factors of all bridges; where there are partial gradients, their sums into ``totals`` too."""
+    bridges, _, _, width = call.sizes
+    loss, factor = (squares.new_empty((bridges,)) for _ in range(2))
+    size = gradient_size(call)
+    blocks = 1 if partials is None else cdiv(size, REDUCE_BLOCK)
+    _bridge_reduce_kernel[(blocks, bridges)](
+        partials,
+        squares,
+        counts,
+        totals,
+        loss,
+        factor,
+        size,
+        1 if partials is None else partials.shape[1],
+        squares.shape[1],
+        width,
+        BLOCK=REDUCE_BLOCK,
+        BLOCK_SPLITS=16,
+        BLOCK_PARTS=1024,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return loss, factor

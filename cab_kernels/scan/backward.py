@@ -1,0 +1,452 @@
+"""The backward kernel of the selective scan: see README.md for the derivation.
+
+With ``a_t = exp(delta'_t A)`` and ``dh_t`` the gradient of the state::
+
+    dy_t = dout_t silu(z_t)        dh_t = C_t dy_t + a_{t+1} dh_{t+1}        w_t = dh_t a_t h_{t-1}
+    d(delta'_t) = <w_t, A> + <dh_t, B_t> u_t             du_t = <dh_t, B_t> delta'_t + D dy_t
+    dA = sum of w_t delta'_t       dB_t = sum over channels of dh_t delta'_t u_t      dC_t = likewise of h_t dy_t
+
+Work is shared out like forward's, with one twist: lanes of different channels hold their NT states in different orders
+(``j ^ q`` for the q-th lane group), so that the sums over channels, too, fold without selects. They leave one number of
+dB or dC a lane and step, which goes to a row of the block's own in ``drows``; ``_sum_rows_kernel`` adds the rows up.
+
+The states of an iteration are computed again from the one before it, which ``_sweep_kernel`` has written down, and stay
+in registers, with their decays, while the iteration is walked back.
+"""
+
+import triton
+import triton.language as tl
+
+from cab_kernels.scan.device import (
+    exponent,
+    fold_halves,
+    fold_permuted,
+    fold_states,
+    from_exponent,
+    from_lane,
+    jit,
+    load_numbers,
+    load_one,
+    load_steps,
+    log2_int,
+    power,
+    sigmoid,
+    store_one,
+    store_steps,
+    take_steps,
+)
+from cab_kernels.scan.forward import channels_of, row_of, sequence_of, source_lane, step_size
+
+
+@triton.jit
+def _load_permuted(
+    ptr, base, edge, row, width, lane, state, S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr
+):
+    values = ()
+    for r in tl.static_range(R):
+        channel = base + ((lane % R) ^ r)
+        for j in tl.static_range(NT):
+            at = ptr + (row + channel) * width + state[j]
+            values = values + (load_one(at, (channel < edge) & (state[j] < width), NATIVE).to(tl.float32),)
+    return values
+
+
+@triton.jit
+def _store_permuted(
+    ptr,
+    base,
+    edge,
+    row,
+    width,
+    lane,
+    state,
+    values,
+    S: tl.constexpr,
+    R: tl.constexpr,
+    NT: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    for r in tl.static_range(R):
+        channel = base + ((lane % R) ^ r)
+        for j in tl.static_range(NT):
+            at = ptr + (row + channel) * width + state[j]
+            store_one(at, values[r * NT + j], (channel < edge) & (state[j] < width), NATIVE)
+
+
+@triton.jit
+def _fold_channels(values, NT: tl.constexpr, S: tl.constexpr, lane):
+    """Add dB's NT values and dC's over the warp's channels."""
+    SHARE: tl.constexpr = min(NT, 32 // S)
+    for level in tl.static_range(log2_int(SHARE)):
+        values = fold_permuted(values, 2 * NT // SHARE, SHARE >> (level + 1), lane, S * (SHARE >> (level + 1)))
+    if 32 // S > NT:
+        values = fold_halves(values, 1, lane, S * SHARE)
+    if 32 // S > 2 * NT:
+        folded = values[0]
+        for level in tl.static_range(log2_int(32 // S // (2 * NT))):
+            folded += from_lane(folded, lane ^ (2 * S * SHARE << level))
+        values = (folded,)
+    return values
+
+
+@jit
+def _selective_scan_bwd_kernel(
+    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, rows_ptr, D_ptr, z_ptr, delta_bias_ptr, dout_ptr, cu_seqlens_ptr,
+    befores_ptr, adjoints_ptr, dlast_ptr,
+    du_ptr, ddelta_ptr, dz_ptr, drows_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, dinitial_ptr,
+    strides_u, strides_delta, strides_z, strides_dout, strides_du, strides_ddelta, strides_dz,
+    length, channels, groups, dim, dstate, sequences, chunks, blocks, total_rows,
+    first_block, first_channel, befores_dim,
+    STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_DOUT: tl.constexpr,
+    STRIDE_DU: tl.constexpr, STRIDE_DDELTA: tl.constexpr, STRIDE_DZ: tl.constexpr,
+    LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_DOUT: tl.constexpr,
+    LAYOUT_DU: tl.constexpr, LAYOUT_DDELTA: tl.constexpr, LAYOUT_DZ: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
+    SPAN: tl.constexpr, SPLIT: tl.constexpr, PAD: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Owns a span of a block of channels of a sequence, or all of its steps unless SPLIT; walks them back.
+
+    Reads its inputs once and B and C twice; writes du, ddelta, dz, and its part of all sums. A gradient whose pointer
+    is None is not wanted.
+    """
+    N: tl.constexpr = S * NT
+    U: tl.constexpr = R * NT
+    T: tl.constexpr = STEPS * PARTS
+    SHARE: tl.constexpr = min(NT, 32 // S)
+    PACKED: tl.constexpr = cu_seqlens_ptr is not None
+    pid = tl.program_id(0)
+    task = (pid // blocks).to(tl.int64)
+    if SPLIT:
+        sequence, span, first, count = sequence_of(pid // blocks, length, chunks, cu_seqlens_ptr, sequences, SPAN)
+        begin = span * SPAN
+        end = min(begin + SPAN, count)
+    else:
+        sequence = task
+        span = 0
+        begin = 0
+        if PACKED:
+            first = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+            count = tl.load(cu_seqlens_ptr + sequence + 1) - first.to(tl.int32)
+        else:
+            first = sequence * length
+            count = length
+        end = count
+    block = first_block + pid % blocks
+    lane, base, own, edge, group = channels_of(block, channels, groups, S, R)
+    mask = own < edge
+    row = tl.where(mask, own, 0)
+    part = lane % S // R * STEPS
+    limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
+    # Which states a lane works on, in an order that lets sums over channels need no selects.
+    state = ()
+    for j in tl.static_range(NT):
+        state = state + (lane % S * NT + (j ^ (lane // S % SHARE)),)
+    A = _load_permuted(A_ptr, base, edge, 0, dstate, lane, state, S, R, NT, NATIVE)
+    D = 0.0
+    if D_ptr is not None:
+        D = tl.load(D_ptr + row).to(tl.float32)
+    bias = 0.0
+    if delta_bias_ptr is not None:
+        bias = tl.load(delta_bias_ptr + row).to(tl.float32)
+    if B_ptr is not None:
+        B_constant = _load_permuted(B_ptr, base, edge, 0, dstate, lane, state, S, R, NT, NATIVE)
+    if C_ptr is not None:
+        C_constant = _load_permuted(C_ptr, base, edge, 0, dstate, lane, state, S, R, NT, NATIVE)
+    zeros = ()
+    for _ in tl.static_range(U):
+        zeros = zeros + (tl.zeros([1, 32], tl.float32),)
+    dA = zeros
+    dB = zeros
+    dC = zeros
+    dD = tl.zeros([1, 32], tl.float32)
+    dbias = tl.zeros([1, 32], tl.float32)
+    if SPLIT:
+        carry = _load_permuted(
+            adjoints_ptr, base, edge, (first // SPAN + sequence + span) * dim, N, lane, state, S, R, NT, NATIVE
+        )
+    elif dlast_ptr is not None:
+        carry = _load_permuted(dlast_ptr, base, edge, sequence * dim, dstate, lane, state, S, R, NT, NATIVE)
+    else:
+        carry = zeros
+
+    u_row = row_of(u_ptr, strides_u, sequence, first, count, row, STRIDE_U, PACKED)
+    delta_row = row_of(delta_ptr, strides_delta, sequence, first, count, row, STRIDE_DELTA, PACKED)
+    dout_row = row_of(dout_ptr, strides_dout, sequence, first, count, row, STRIDE_DOUT, PACKED)
+    if du_ptr is not None:
+        du_row = row_of(du_ptr, strides_du, sequence, first, count, row, STRIDE_DU, PACKED)
+    if ddelta_ptr is not None:
+        ddelta_row = row_of(ddelta_ptr, strides_ddelta, sequence, first, count, row, STRIDE_DDELTA, PACKED)
+    if z_ptr is not None:
+        z_row = row_of(z_ptr, strides_z, sequence, first, count, row, STRIDE_Z, PACKED)
+    if dz_ptr is not None:
+        dz_row = row_of(dz_ptr, strides_dz, sequence, first, count, row, STRIDE_DZ, PACKED)
+    rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD) * (2 * N)
+    # What the fold over channels leaves in each lane: which of (B, C), and which states.
+    spare = lane // S // SHARE
+    if drows_ptr is not None:
+        drows = drows_ptr + ((pid % blocks).to(tl.int64) * total_rows + first + sequence * PAD) * (2 * N)
+    top = tl.maximum(begin + (tl.cdiv(end - begin, T) - 1) * T, begin)
+
+    next_u = load_steps(u_row, part + top, limit, STRIDE_U, STEPS, LAYOUT_U, NATIVE)
+    next_delta = load_steps(delta_row, part + top, limit, STRIDE_DELTA, STEPS, LAYOUT_DELTA, NATIVE)
+    next_dout = load_steps(dout_row, part + top, limit, STRIDE_DOUT, STEPS, LAYOUT_DOUT, NATIVE)
+    if z_ptr is not None:
+        next_z = load_steps(z_row, part + top, limit, STRIDE_Z, STEPS, LAYOUT_Z, NATIVE)
+    for back in range(0, end - begin, T):
+        t = top - back
+        now = part + t
+        then = tl.maximum(t - T, begin) + part
+        u = take_steps(next_u, STRIDE_U, STEPS, LAYOUT_U)
+        x = take_steps(next_delta, STRIDE_DELTA, STEPS, LAYOUT_DELTA)
+        dout = take_steps(next_dout, STRIDE_DOUT, STEPS, LAYOUT_DOUT)
+        next_u = load_steps(u_row, then, limit, STRIDE_U, STEPS, LAYOUT_U, NATIVE)
+        next_delta = load_steps(delta_row, then, limit, STRIDE_DELTA, STEPS, LAYOUT_DELTA, NATIVE)
+        next_dout = load_steps(dout_row, then, limit, STRIDE_DOUT, STEPS, LAYOUT_DOUT, NATIVE)
+        if z_ptr is not None:
+            z = take_steps(next_z, STRIDE_Z, STEPS, LAYOUT_Z)
+            next_z = load_steps(z_row, then, limit, STRIDE_Z, STEPS, LAYOUT_Z, NATIVE)
+        rows_t = rows + t.to(tl.int64) * (2 * N)
+        if drows_ptr is not None:
+            drows_t = drows + t.to(tl.int64) * (2 * N)
+        before = ((first // T + sequence) + t // T) * befores_dim - first_channel
+        h0 = _load_permuted(befores_ptr, base, edge, before, N, lane, state, S, R, NT, NATIVE)
+        dt = ()
+        dtu = ()
+        dy = ()
+        for i in tl.static_range(STEPS):
+            d = step_size(x[i], bias, now + i < limit, SOFTPLUS, NATIVE)
+            dt = dt + (exponent(d, NATIVE),)
+            dtu = dtu + (d * u[i],)
+            g = dout[i]
+            if z_ptr is not None:
+                g *= z[i] * sigmoid(z[i], NATIVE)
+            dy = dy + (g,)
+            dD += g * u[i]
+
+        # The states of these steps once more.
+        a = ()
+        h = h0
+        ys = ()
+        for k in tl.static_range(T):
+            at = rows_t + k * (2 * N)
+            if B_ptr is None:
+                B = ()
+                for j in tl.static_range(NT):
+                    B = B + load_numbers(at + state[j], 1, False, NATIVE)
+            if dz_ptr is not None and C_ptr is None:
+                C = ()
+                for j in tl.static_range(NT):
+                    C = C + load_numbers(at + (N + state[j]), 1, False, NATIVE)
+            for r in tl.static_range(R):
+                if B_ptr is not None:
+                    B = B_constant[r * NT : (r + 1) * NT]
+                if C_ptr is not None:
+                    C = C_constant[r * NT : (r + 1) * NT]
+                source = source_lane(lane, k, r, S, R, STEPS)
+                dt_r = from_lane(dt[k % STEPS], source)
+                dtu_r = from_lane(dtu[k % STEPS], source)
+                for j in tl.static_range(NT):
+                    decay = power(dt_r * A[r * NT + j], NATIVE)
+                    x_new = decay * h[k * U + r * NT + j] + dtu_r * B[j]
+                    a = a + (decay,)
+                    h = h + (x_new,)
+                    if dz_ptr is not None:
+                        if j == 0:
+                            y = x_new * C[0]
+                        else:
+                            y += x_new * C[j]
+                if dz_ptr is not None:
+                    ys = ys + (y,)
+        if dz_ptr is not None:
+            ys = fold_states(ys, S, R, STEPS, PARTS, lane)
+            dzs = ()
+            for i in tl.static_range(STEPS):
+                gate = sigmoid(z[i], NATIVE)
+                dzs = dzs + (dout[i] * (ys[i] + D * u[i]) * gate * (1.0 + z[i] * (1.0 - gate)),)
+            store_steps(dz_row, now, limit, dzs, STRIDE_DZ, STEPS, LAYOUT_DZ, NATIVE)
+
+        # And back.
+        dxs = ()
+        dexps = ()
+        for back_k in tl.static_range(T):
+            at = rows_t + (T - 1 - back_k) * (2 * N)
+            if B_ptr is None:
+                B = ()
+                for j in tl.static_range(NT):
+                    B = B + load_numbers(at + state[j], 1, True, NATIVE)
+            if C_ptr is None:
+                C = ()
+                for j in tl.static_range(NT):
+                    C = C + load_numbers(at + (N + state[j]), 1, True, NATIVE)
+            products_B = ()
+            products_C = ()
+            carried = ()
+            dA_after = ()
+            dB_after = ()
+            dC_after = ()
+            step_dx = ()
+            step_dexp = ()
+            for r in tl.static_range(R):
+                if B_ptr is not None:
+                    B = B_constant[r * NT : (r + 1) * NT]
+                if C_ptr is not None:
+                    C = C_constant[r * NT : (r + 1) * NT]
+                source = source_lane(lane, (T - 1 - back_k), r, S, R, STEPS)
+                dt_r = from_lane(dt[(T - 1 - back_k) % STEPS], source)
+                dtu_r = from_lane(dtu[(T - 1 - back_k) % STEPS], source)
+                dy_r = from_lane(dy[(T - 1 - back_k) % STEPS], source)
+                for j in tl.static_range(NT):
+                    i = r * NT + j
+                    dh = carry[r * NT + j] + dy_r * C[j]
+                    product_C = dy_r * h[(T - back_k) * U + r * NT + j]
+                    product_B = dtu_r * dh
+                    through = a[(T - 1 - back_k) * U + r * NT + j] * dh
+                    w = through * h[(T - 1 - back_k) * U + r * NT + j]
+                    carried = carried + (through,)
+                    dA_after = dA_after + (dA[r * NT + j] + w * dt_r,)
+                    if j == 0:
+                        dx = dh * B[0]
+                        dexp = w * A[r * NT]
+                    else:
+                        dx += dh * B[j]
+                        dexp += w * A[r * NT + j]
+                    if B_ptr is not None:
+                        dB_after = dB_after + (dB[r * NT + j] + product_B,)
+                    elif r == 0:
+                        products_B = products_B + (product_B,)
+                    else:
+                        products_B = products_B[:j] + (products_B[j] + product_B,) + products_B[j + 1 :]
+                    if C_ptr is not None:
+                        dC_after = dC_after + (dC[r * NT + j] + product_C,)
+                    elif r == 0:
+                        products_C = products_C + (product_C,)
+                    else:
+                        products_C = products_C[:j] + (products_C[j] + product_C,) + products_C[j + 1 :]
+                step_dx = step_dx + (dx,)
+                step_dexp = step_dexp + (dexp,)
+            carry = carried
+            dA = dA_after
+            dxs = step_dx + dxs
+            dexps = step_dexp + dexps
+            if B_ptr is not None:
+                dB = dB_after
+                products_B = zeros[:NT]
+            if C_ptr is not None:
+                dC = dC_after
+                products_C = zeros[:NT]
+            if drows_ptr is not None:
+                sums = _fold_channels(products_B + products_C, NT, S, lane)
+                at = drows_t + (T - 1 - back_k) * (2 * N)
+                if 32 // S > NT:
+                    keep = spare < 2
+                    store_one(at + (spare % 2 * N + state[0]), sums[0], keep, NATIVE)
+                else:
+                    for i in tl.static_range(NT // SHARE):
+                        store_one(at + state[i * SHARE], sums[i], lane >= 0, NATIVE)
+                        store_one(at + (N + state[i * SHARE]), sums[NT // SHARE + i], lane >= 0, NATIVE)
+        dxs = fold_states(dxs, S, R, STEPS, PARTS, lane)
+        dexps = fold_states(dexps, S, R, STEPS, PARTS, lane)
+        dus = ()
+        ddeltas = ()
+        for i in tl.static_range(STEPS):
+            dus = dus + (dxs[i] * from_exponent(dt[i], NATIVE) + D * dy[i],)
+            g = dexps[i] + dxs[i] * u[i]
+            if SOFTPLUS:
+                biased = x[i] + bias
+                g = tl.where(biased > 20.0, g, g * sigmoid(biased, NATIVE))
+            g = tl.where(now + i < limit, g, 0.0)
+            dbias += g
+            ddeltas = ddeltas + (g,)
+        if du_ptr is not None:
+            store_steps(du_row, now, limit, dus, STRIDE_DU, STEPS, LAYOUT_DU, NATIVE)
+        if ddelta_ptr is not None:
+            store_steps(ddelta_row, now, limit, ddeltas, STRIDE_DDELTA, STEPS, LAYOUT_DDELTA, NATIVE)
+
+    if dA_ptr is not None:
+        scaled = ()
+        for i in tl.static_range(U):
+            scaled = scaled + (from_exponent(dA[i], NATIVE),)
+        _store_permuted(dA_ptr, base, edge, task * dim, dstate, lane, state, scaled, S, R, NT, NATIVE)
+    if B_ptr is not None and dB_ptr is not None:
+        _store_permuted(dB_ptr, base, edge, task * dim, dstate, lane, state, dB, S, R, NT, NATIVE)
+    if C_ptr is not None and dC_ptr is not None:
+        _store_permuted(dC_ptr, base, edge, task * dim, dstate, lane, state, dC, S, R, NT, NATIVE)
+    if dinitial_ptr is not None:
+        if span == 0:
+            _store_permuted(dinitial_ptr, base, edge, sequence * dim, dstate, lane, state, carry, S, R, NT, NATIVE)
+    for level in tl.static_range(log2_int(PARTS)):
+        dD += from_lane(dD, lane ^ (R << level))
+        dbias += from_lane(dbias, lane ^ (R << level))
+    first_part = mask & (lane % S < R)
+    if dD_ptr is not None:
+        tl.store(dD_ptr + task * dim + row, dD, mask=first_part)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + task * dim + row, dbias, mask=first_part)
+
+
+@jit
+def _sum_rows_kernel(
+    drows_ptr,
+    sums_ptr,
+    dB_ptr,
+    dC_ptr,
+    cu_seqlens_ptr,
+    length,
+    total_rows,
+    dstate,
+    blocks,
+    first_block,
+    end_block,
+    strides_dB,
+    strides_dC,
+    N: tl.constexpr,
+    PAD: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Owns BLOCK steps of a sequence and group: adds up what the group's blocks of channels gave dB and dC.
+
+    Of its ``blocks``, those from first_block to end_block, which share drows_ptr; if blocks take turns, sums_ptr,
+    (groups, rows, 2 N), carries the sum from one slice of them to the next.
+    """
+    steps = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sequence = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(2).to(tl.int64)
+    first = sequence * length
+    count = length
+    batch = sequence
+    time = 0
+    if cu_seqlens_ptr is not None:
+        first = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+        count = tl.load(cu_seqlens_ptr + sequence + 1) - first.to(tl.int32)
+        batch = sequence * 0
+        time = first
+    inside = (steps < count)[:, None]
+    which = tl.arange(0, 2 * N)[None, :]
+    row = (first + sequence * PAD + steps[:, None]) * (2 * N) + which
+    low = tl.maximum(group * blocks, first_block)
+    high = tl.minimum((group + 1) * blocks, end_block)
+    total = tl.zeros([BLOCK, 2 * N], tl.float32)
+    if sums_ptr is not None:
+        sums_ptr += group * total_rows * (2 * N) + row
+        total = tl.load(sums_ptr, mask=inside & (first_block > 0), other=0.0)
+    at = drows_ptr + (low - first_block) * total_rows * (2 * N) + row
+    for _ in tl.range(low, high, loop_unroll_factor=4):
+        total += tl.load(at, mask=inside, other=0.0)
+        at += total_rows.to(tl.int64) * (2 * N)
+    if sums_ptr is not None:
+        tl.store(sums_ptr, total, mask=inside)
+    if REVERSE:
+        time = (time + count - 1 - steps).to(tl.int64)[:, None]
+    else:
+        time = (time + steps).to(tl.int64)[:, None]
+    state = which % N
+    mask = inside & (state < dstate)
+    if dB_ptr is not None:
+        offs = batch * strides_dB[0] + group * strides_dB[1] + state.to(tl.int64) * strides_dB[2] + time * strides_dB[3]
+        tl.store(dB_ptr + offs, total.to(dB_ptr.dtype.element_ty), mask=mask & (which < N))
+    if dC_ptr is not None:
+        offs = batch * strides_dC[0] + group * strides_dC[1] + state.to(tl.int64) * strides_dC[2] + time * strides_dC[3]
+        tl.store(dC_ptr + offs, total.to(dC_ptr.dtype.element_ty), mask=mask & (which >= N))

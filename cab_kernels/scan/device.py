@@ -1,0 +1,318 @@
+"""What the scan's kernels do within one thread or one warp: elementary functions, and exchanges between lanes.
+
+Every tensor here is (1, 32), one number a lane, and a tuple of them is what a lane holds in its registers. The
+instructions of NVIDIA GPUs stand here alone, each with its portable twin, which other GPUs and the interpreter run
+(``NATIVE`` chooses). Triton's own functions would be right too, at two to eight instructions where one will do.
+"""
+
+import inspect
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+def jit(function):
+    """``triton.jit`` of a kernel that is compiled once for all values of its arguments but the constexprs."""
+    parameters = inspect.signature(function).parameters.items()
+    names = [name for name, p in parameters if p.annotation is not tl.constexpr]
+    return triton.jit(function, do_not_specialize=names)
+
+
+@triton.constexpr_function
+def log2_int(count):
+    return count.bit_length() - 1
+
+
+@triton.jit
+def exponent(x, NATIVE: tl.constexpr):
+    """x in the unit that ``power`` takes: NVIDIA's instruction is a power of two."""
+    return x * LOG2E if NATIVE else x
+
+
+@triton.jit
+def from_exponent(x, NATIVE: tl.constexpr):
+    return x * LN2 if NATIVE else x
+
+
+@triton.jit
+def power(x, NATIVE: tl.constexpr):
+    """exp of what ``exponent`` made x of; on NVIDIA to 2 units in the last place, and zero below 2**-126."""
+    if NATIVE:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
+    return tl.exp(tl.minimum(x, 88.0))  # so that nothing overflows, which the interpreter minds
+
+
+@triton.jit
+def reciprocal(x, NATIVE: tl.constexpr):
+    if NATIVE:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
+    return 1.0 / x
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0, to a few units in the last place."""
+    # 1 + x = 2**k (1 + f) with f in [-1/3, 1/3); what the sum 1 + x lost goes back into f.
+    total = 1.0 + x
+    lost = tl.where(total < 16777216.0, x - (total - 1.0), 0.0)
+    bits = total.to(tl.int32, bitcast=True)
+    power = (bits - 0x3F2AAAAB) & -0x00800000
+    f = (bits - power).to(tl.float32, bitcast=True) - 1.0
+    f += lost * (0x3F800000 - power).to(tl.float32, bitcast=True)
+    p = -0.1395808 * f + 0.1457305
+    p = p * f - 0.1219486
+    p = p * f + 0.1402235
+    p = p * f - 0.1668143
+    p = p * f + 0.2000124
+    p = p * f - 0.2499988
+    p = p * f + 0.3333331
+    p = p * f - 0.5
+    return power.to(tl.float32) * (LN2 * 1.1920928955078125e-07) + (p * (f * f) + f)
+
+
+@triton.jit
+def sigmoid(x, NATIVE: tl.constexpr):
+    return reciprocal(1.0 + power(exponent(-x, NATIVE), NATIVE), NATIVE)
+
+
+@triton.jit
+def from_lane(x, lane):
+    """The value of x in another lane of the same warp: one shuffle."""
+    return tl.gather(x, lane, 1)
+
+
+@triton.jit
+def fold_permuted(values, GROUPS: tl.constexpr, HALF: tl.constexpr, lane, DISTANCE: tl.constexpr):
+    """Add pairs of lanes; of each group of 2 HALF values a lane keeps the first half.
+
+    Value i of a lane whose bit DISTANCE is set must stand for what value i ^ HALF stands for in its partner. Then
+    both keep their own first half, and nothing needs to be selected.
+    """
+    folded = ()
+    for group in tl.static_range(GROUPS):
+        for i in tl.static_range(HALF):
+            theirs = from_lane(values[(2 * group + 1) * HALF + i], lane ^ DISTANCE)
+            folded = folded + (values[2 * group * HALF + i] + theirs,)
+    return folded
+
+
+@triton.jit
+def fold_halves(values, HALF: tl.constexpr, lane, DISTANCE: tl.constexpr):
+    """Add pairs of lanes; one whose bit DISTANCE is set keeps the second half of the values, its partner the first."""
+    high = (lane & DISTANCE) != 0
+    folded = ()
+    for i in tl.static_range(HALF):
+        keep = tl.where(high, values[HALF + i], values[i])
+        send = tl.where(high, values[i], values[HALF + i])
+        folded = folded + (keep + from_lane(send, lane ^ DISTANCE),)
+    return folded
+
+
+@triton.jit
+def fold_states(values, S: tl.constexpr, R: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr, lane):
+    """Add over the S lanes of a channel: values[step * R + r] of all steps become the STEPS values a lane owns."""
+    for level in tl.static_range(log2_int(S // (R * PARTS))):
+        summed = ()
+        for i in tl.static_range(STEPS * PARTS * R):
+            summed = summed + (values[i] + from_lane(values[i], lane ^ (R * PARTS << level)),)
+        values = summed
+    for level in tl.static_range(log2_int(R)):
+        values = fold_permuted(values, STEPS * PARTS, R >> (level + 1), lane, R >> (level + 1))
+    for level in tl.static_range(log2_int(PARTS)):
+        values = fold_halves(values, STEPS * PARTS >> (level + 1), lane, R * PARTS >> (level + 1))
+    return values
+
+
+@triton.jit
+def unstack(tile, COUNT: tl.constexpr):
+    """A (1, 32, COUNT) tile as a tuple of COUNT tensors."""
+    parts = (tile,)
+    for level in tl.static_range(1, log2_int(COUNT) + 1):
+        halves = ()
+        for part in tl.static_range(1 << (level - 1)):
+            wide = tl.reshape(parts[part], [1, 32, 2, COUNT >> level])
+            low, high = tl.split(tl.permute(wide, [0, 1, 3, 2]))
+            halves = halves + (low, high)
+        parts = halves
+    flat = ()
+    for part in tl.static_range(COUNT):
+        flat = flat + (tl.reshape(parts[part], [1, 32]),)
+    return flat
+
+
+@triton.jit
+def stack(parts, COUNT: tl.constexpr):
+    """A tuple of COUNT tensors as a (1, 32, COUNT) tile: the reverse of ``unstack``."""
+    for level in tl.static_range(1, log2_int(COUNT) + 1):
+        joined = ()
+        for part in tl.static_range(COUNT >> level):
+            joined = joined + (tl.join(parts[part], parts[part + (COUNT >> level)]),)
+        parts = joined
+    return tl.reshape(parts[0], [1, 32, COUNT])
+
+
+@triton.jit
+def _tile(row, first, count, STRIDE: tl.constexpr, STEPS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointers to STEPS neighbouring numbers a lane, in the order of memory, and which of them are steps."""
+    offs = tl.arange(0, STEPS)[None, None, :]
+    if STRIDE == 1:
+        steps = first[:, :, None] + offs
+        at = row[:, :, None] + steps
+    else:
+        steps = first[:, :, None] + (STEPS - 1 - offs)
+        at = row[:, :, None] - (first[:, :, None] + (STEPS - 1)) + offs
+    if ALIGNED:
+        at = tl.max_contiguous(
+            tl.multiple_of(at, [1, 1, STEPS * row.dtype.element_ty.primitive_bitwidth // 8]), [1, 1, STEPS]
+        )
+        mask = (first < count)[:, :, None]
+    else:
+        mask = steps < count[:, :, None]
+    return at, mask
+
+
+@triton.jit
+def load_one(at, mask, NATIVE: tl.constexpr):
+    """One number a lane, zero where the mask is not set.
+
+    The compiler's pass over ``tl.load`` and ``tl.store`` takes time that grows with their number times the kernel's
+    size: half a minute here. It does not look into assembly.
+    """
+    if NATIVE and at.dtype.element_ty.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $2, 0; mov.b16 $0, 0; @p ld.global.nc.b16 $0, [$1];}",
+            "=h,l,r", [at, mask.to(tl.int32)], at.dtype.element_ty, True, 1,
+        )  # fmt: skip
+    elif NATIVE:
+        return tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [$1];}",
+            "=r,l,r", [at, mask.to(tl.int32)], at.dtype.element_ty, True, 1,
+        )  # fmt: skip
+    else:
+        return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_one(at, value, mask, NATIVE: tl.constexpr):
+    value = value.to(at.dtype.element_ty)
+    if NATIVE and at.dtype.element_ty.primitive_bitwidth == 16:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b16 [$1], $2; mov.b32 $0, 0;}",
+            "=r,l,h,r", [at.to(tl.int64), value, mask.to(tl.int32)], tl.int32, False, 1,
+        )  # fmt: skip
+    elif NATIVE:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0;}",
+            "=r,l,r,r", [at.to(tl.int64), value, mask.to(tl.int32)], tl.int32, False, 1,
+        )  # fmt: skip
+    else:
+        tl.store(at, value, mask=mask)
+
+
+@triton.jit
+def load_numbers(at, COUNT: tl.constexpr, AGAIN: tl.constexpr, NATIVE: tl.constexpr):
+    """COUNT (1, 2, or a multiple of 4) neighbouring float32 a lane.
+
+    AGAIN marks a second load of the same numbers: the compiler would merge it with the first and hold them in
+    registers, were it not another instruction.
+    """
+    values = ()
+    if NATIVE:
+        if COUNT == 1:
+            if AGAIN:
+                x = tl.inline_asm_elementwise(
+                    "ld.global.L1::evict_last.f32 $0, [$1];", "=r,l", [at], tl.float32, True, 1
+                )
+            else:
+                x = tl.inline_asm_elementwise("ld.global.nc.f32 $0, [$1];", "=r,l", [at], tl.float32, True, 1)
+            values = (x,)
+        elif COUNT == 2:
+            values = tl.inline_asm_elementwise(
+                "ld.global.nc.v2.f32 {$0, $1}, [$2];", "=r,=r,l", [at], (tl.float32, tl.float32), True, 1
+            )
+        else:
+            for i in tl.static_range(COUNT // 4):
+                values = values + tl.inline_asm_elementwise(
+                    "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];",
+                    "=r,=r,=r,=r,l", [at + 4 * i], (tl.float32, tl.float32, tl.float32, tl.float32), True, 1,
+                )  # fmt: skip
+    else:
+        for i in tl.static_range(COUNT):
+            values = values + (tl.load(at + i),)
+    return values
+
+
+@triton.jit
+def store_numbers(at, values, mask, COUNT: tl.constexpr, NATIVE: tl.constexpr):
+    """Store COUNT neighbouring float32 a lane."""
+    if NATIVE and COUNT >= 4:
+        flag = mask.to(tl.int32)
+        for i in tl.static_range(COUNT // 4):
+            tl.inline_asm_elementwise(
+                "{.reg .pred p; setp.ne.s32 p, $6, 0; @p st.global.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;}",
+                "=r,l,r,r,r,r,r",
+                [
+                    (at + 4 * i).to(tl.int64), values[4 * i], values[4 * i + 1], values[4 * i + 2], values[4 * i + 3],
+                    flag,
+                ],
+                tl.int32, False, 1,
+            )  # fmt: skip
+    else:
+        for i in tl.static_range(COUNT):
+            store_one(at + i, values[i], mask, NATIVE)
+
+
+@triton.jit
+def load_steps(
+    row, first, count, STRIDE: tl.constexpr, STEPS: tl.constexpr, LAYOUT: tl.constexpr, NATIVE: tl.constexpr
+):
+    """STEPS steps from ``first`` on of each lane's row, zero from step ``count`` on: as loaded, see ``take_steps``.
+
+    LAYOUT 0: channels lie side by side in memory, so lanes coalesce step by step. LAYOUT 1: steps lie side by side, and
+    go through shared memory. LAYOUT 2: they are aligned too, and each lane loads its own 8 or 16 bytes.
+    """
+    if LAYOUT > 0:
+        at, mask = _tile(row, first, count, STRIDE, STEPS, LAYOUT == 2)
+        return tl.load(at, mask=mask, other=0.0)
+    else:
+        values = ()
+        start = row + first.to(tl.int64) * STRIDE
+        for i in tl.static_range(STEPS):
+            values = values + (load_one(start + i * STRIDE, first + i < count, NATIVE),)
+        return values
+
+
+@triton.jit
+def take_steps(loaded, STRIDE: tl.constexpr, STEPS: tl.constexpr, LAYOUT: tl.constexpr):
+    """What ``load_steps`` loaded, as a tuple of float32."""
+    if LAYOUT > 0:
+        loaded = unstack(loaded, STEPS)
+    values = ()
+    for i in tl.static_range(STEPS):
+        if LAYOUT > 0 and STRIDE < 0:
+            values = values + (loaded[STEPS - 1 - i].to(tl.float32),)
+        else:
+            values = values + (loaded[i].to(tl.float32),)
+    return values
+
+
+@triton.jit
+def store_steps(
+    row, first, count, values, STRIDE: tl.constexpr, STEPS: tl.constexpr, LAYOUT: tl.constexpr, NATIVE: tl.constexpr
+):
+    """Store a lane's STEPS values to its row, those before step ``count``."""
+    if LAYOUT > 0:
+        if STRIDE < 0:
+            turned = ()
+            for i in tl.static_range(STEPS):
+                turned = turned + (values[STEPS - 1 - i],)
+            values = turned
+        at, mask = _tile(row, first, count, STRIDE, STEPS, LAYOUT == 2)
+        tl.store(at, stack(values, STEPS).to(row.dtype.element_ty), mask=mask)
+    else:
+        start = row + first.to(tl.int64) * STRIDE
+        for i in tl.static_range(STEPS):
+            store_one(start + i * STRIDE, values[i], first + i < count, NATIVE)

@@ -1,0 +1,325 @@
+"""The forward kernel of the selective scan, and what the other kernels share of it.
+
+Per channel, a state ``h`` of ``dstate`` numbers (Mamba, arXiv:2312.00752, where h, x, B, C, Delta, A are h, u, B, C,
+delta and A here)::
+
+    delta'_t = softplus(delta_t + delta_bias)
+    h_t      = exp(delta'_t A) h_{t-1} + delta'_t u_t B_t
+    y_t      = <C_t, h_t> + D u_t,   out_t = y_t silu(z_t)
+
+How a warp shares this out. ``S`` lanes share a channel and hold ``NT`` of its states each, in registers; each works on
+``R`` neighbouring channels, so a warp has ``32 / S * R`` of them, and time is a plain loop. What is per channel and
+step (softplus, gate, loads and stores) would be done S times over: so an iteration takes ``STEPS * PARTS`` steps, and
+a lane owns ``STEPS`` of them of one of its R channels. It hands delta' and delta' u to the lanes of its channel by
+shuffles, and the lanes' parts of y come back to it by folds (``fold_states``). The r-th channel of a lane is
+``lane ^ r`` among its R, so that these folds need no selects.
+
+B and C are read by step, all states side by side, in float32: ``_pack_kernel`` lays them out so, once a call, in the
+order of the scan. The loads of an iteration are issued one iteration ahead: with a few warps a scheduler, latency
+bounds this kernel, and then the exponentials.
+"""
+
+import triton
+import triton.language as tl
+
+from cab_kernels.scan.device import (
+    exponent,
+    fold_states,
+    from_lane,
+    jit,
+    load_numbers,
+    load_one,
+    load_steps,
+    log1p,
+    power,
+    sigmoid,
+    store_numbers,
+    store_one,
+    store_steps,
+    take_steps,
+)
+
+
+@triton.jit
+def sequence_of(task, length, chunks, cu_seqlens_ptr, sequences, size):
+    """The sequence and the chunk of ``size`` steps that a task is, and where the sequence begins and how long it is.
+
+    Without cu_seqlens each sequence has ``chunks`` of them. With it, the chunks of sequence i are numbered from
+    ``cu_seqlens[i] // size + i`` on, which leaves some numbers without one: their first step is beyond the end.
+    """
+    if cu_seqlens_ptr is None:
+        sequence = (task // chunks).to(tl.int64)
+        return sequence, task % chunks, sequence * length, length
+    else:
+        sequence = task * 0
+        for bit in range(0, 31):
+            step = 1 << (30 - bit)
+            if step < sequences - sequence:
+                after = sequence + step
+                if tl.load(cu_seqlens_ptr + after) // size + after <= task:
+                    sequence = after
+        first = tl.load(cu_seqlens_ptr + sequence)
+        end = tl.load(cu_seqlens_ptr + sequence + 1)
+        return sequence.to(tl.int64), task - (first // size + sequence), first.to(tl.int64), end - first
+
+
+@triton.jit
+def channels_of(block, channels, groups, S: tl.constexpr, R: tl.constexpr):
+    """Which channel each lane owns, and which R it works on: the r-th is ``base + ((lane % R) ^ r)``.
+
+    Blocks never straddle two groups, of ``channels`` channels each. Returns lane, base, own, the end of the group, and
+    the group.
+    """
+    SIZE: tl.constexpr = 32 // S * R
+    blocks = tl.cdiv(channels, SIZE)
+    group = block // blocks
+    lane = tl.arange(0, 32)[None, :]
+    base = group * channels + block % blocks * SIZE + lane // S * R
+    return lane, base, base + lane % R, (group + 1) * channels, group
+
+
+@triton.jit
+def row_of(ptr, strides, sequence, first, end, channel, STRIDE: tl.constexpr, PACKED: tl.constexpr):
+    """Pointer to a channel's first step in the order of the scan; STRIDE is negative for a reversed one."""
+    if PACKED:
+        row = ptr + first * (STRIDE if STRIDE > 0 else -STRIDE)
+    else:
+        row = ptr + sequence * strides[0]
+    if STRIDE < 0:
+        row += (end - 1).to(tl.int64) * -STRIDE
+    return row + channel.to(tl.int64) * strides[1]
+
+
+@triton.jit
+def load_matrix(
+    ptr, base, end, row, dstate, lane, S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr
+):
+    """A lane's part of a (channels, dstate) matrix: R x NT numbers, zero beyond its edges."""
+    values = ()
+    for r in tl.static_range(R):
+        channel = base + ((lane % R) ^ r)
+        for j in tl.static_range(NT):
+            state = lane % S * NT + j
+            at = ptr + (row + channel) * dstate + state
+            values = values + (load_one(at, (channel < end) & (state < dstate), NATIVE).to(tl.float32),)
+    return values
+
+
+@triton.jit
+def step_size(x, bias, valid, SOFTPLUS: tl.constexpr, NATIVE: tl.constexpr):
+    """delta', zero where there is no step: such a step changes no state."""
+    x += bias
+    if SOFTPLUS:
+        x = tl.where(x > 20.0, x, log1p(power(exponent(x, NATIVE), NATIVE)))
+    return tl.where(valid, x, 0.0)
+
+
+@triton.jit
+def source_lane(lane, k, r, S: tl.constexpr, R: tl.constexpr, STEPS: tl.constexpr):
+    """Which lane owns step k of the r-th channel."""
+    return lane // S * S + k // STEPS * R + ((lane % R) ^ r)
+
+
+@triton.jit
+def load_rows(rows, T: tl.constexpr, N: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr):
+    tiles = ()
+    for k in tl.static_range(T):
+        tiles = tiles + (load_numbers(rows + k * 2 * N, NT, False, NATIVE),)
+    return tiles
+
+
+@jit
+def _selective_scan_fwd_kernel(
+    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, rows_ptr, D_ptr, z_ptr, delta_bias_ptr, initial_ptr, cu_seqlens_ptr,
+    out_ptr, states_ptr, last_ptr,
+    strides_u, strides_delta, strides_z, strides_out,
+    length, channels, groups, dim, dstate, sequences, chunk, chunks, blocks, total_rows,
+    STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_OUT: tl.constexpr,
+    LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_OUT: tl.constexpr,
+    SOFTPLUS: tl.constexpr, SPLIT: tl.constexpr,
+    S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
+    SPAN: tl.constexpr, PAD: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Owns a block of channels of a sequence, or of one chunk of it if SPLIT.
+
+    Reads its inputs once and writes the output and the last state; and the state before every SPAN steps to states_ptr,
+    (spans, dim, N), for backward, or, if SPLIT, reads there what it starts from.
+    """
+    N: tl.constexpr = S * NT
+    T: tl.constexpr = STEPS * PARTS
+    PACKED: tl.constexpr = cu_seqlens_ptr is not None
+    pid = tl.program_id(0)
+    if SPLIT:
+        sequence, index, first, count = sequence_of(pid // blocks, length, chunks, cu_seqlens_ptr, sequences, chunk)
+        begin = index * chunk
+        end = min(begin + chunk, count)
+    else:
+        sequence = (pid // blocks).to(tl.int64)
+        begin = 0
+        if PACKED:
+            first = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+            count = tl.load(cu_seqlens_ptr + sequence + 1) - first.to(tl.int32)
+        else:
+            first = sequence * length
+            count = length
+        end = count
+    lane, base, own, edge, group = channels_of(pid % blocks, channels, groups, S, R)
+    mask = own < edge
+    row = tl.where(mask, own, 0)
+    part = lane % S // R * STEPS
+    limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
+    A = load_matrix(A_ptr, base, edge, 0, dstate, lane, S, R, NT, NATIVE)
+    slot = first // SPAN + sequence
+    if SPLIT:
+        h = load_matrix(states_ptr, base, edge, (slot + begin // SPAN) * dim, N, lane, S, R, NT, NATIVE)
+    elif initial_ptr is not None:
+        h = load_matrix(initial_ptr, base, edge, sequence * dim, dstate, lane, S, R, NT, NATIVE)
+    else:
+        h = ()
+        for _ in tl.static_range(R * NT):
+            h = h + (tl.zeros([1, 32], tl.float32),)
+    D = 0.0
+    if D_ptr is not None:
+        D = tl.load(D_ptr + row).to(tl.float32)
+    bias = 0.0
+    if delta_bias_ptr is not None:
+        bias = tl.load(delta_bias_ptr + row).to(tl.float32)
+    if B_ptr is not None:
+        B_constant = load_matrix(B_ptr, base, edge, 0, dstate, lane, S, R, NT, NATIVE)
+    if C_ptr is not None:
+        C_constant = load_matrix(C_ptr, base, edge, 0, dstate, lane, S, R, NT, NATIVE)
+    u_row = row_of(u_ptr, strides_u, sequence, first, count, row, STRIDE_U, PACKED)
+    delta_row = row_of(delta_ptr, strides_delta, sequence, first, count, row, STRIDE_DELTA, PACKED)
+    out_row = row_of(out_ptr, strides_out, sequence, first, count, row, STRIDE_OUT, PACKED)
+    rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD + begin) * (2 * N) + lane % S * NT
+
+    next_u = load_steps(u_row, part + begin, limit, STRIDE_U, STEPS, LAYOUT_U, NATIVE)
+    next_delta = load_steps(delta_row, part + begin, limit, STRIDE_DELTA, STEPS, LAYOUT_DELTA, NATIVE)
+    if z_ptr is not None:
+        z_row = row_of(z_ptr, strides_z, sequence, first, count, row, STRIDE_Z, PACKED)
+        next_z = load_steps(z_row, part + begin, limit, STRIDE_Z, STEPS, LAYOUT_Z, NATIVE)
+    if B_ptr is None:
+        next_B = load_rows(rows, T, N, NT, NATIVE)
+    if C_ptr is None:
+        next_C = load_rows(rows + N, T, N, NT, NATIVE)
+    for span in range(begin, end, SPAN):
+        if states_ptr is not None and not SPLIT:
+            for r in tl.static_range(R):
+                channel = base + ((lane % R) ^ r)
+                at = states_ptr + ((slot + span // SPAN) * dim + channel) * N + lane % S * NT
+                values = ()
+                for j in tl.static_range(NT):
+                    values = values + (h[r * NT + j],)
+                store_numbers(at, values, channel < edge, NT, NATIVE)
+        for t in range(span, min(span + SPAN, end), T):
+            now = part + t
+            u = take_steps(next_u, STRIDE_U, STEPS, LAYOUT_U)
+            x = take_steps(next_delta, STRIDE_DELTA, STEPS, LAYOUT_DELTA)
+            next_u = load_steps(u_row, now + T, limit, STRIDE_U, STEPS, LAYOUT_U, NATIVE)
+            next_delta = load_steps(delta_row, now + T, limit, STRIDE_DELTA, STEPS, LAYOUT_DELTA, NATIVE)
+            if z_ptr is not None:
+                z = take_steps(next_z, STRIDE_Z, STEPS, LAYOUT_Z)
+                next_z = load_steps(z_row, now + T, limit, STRIDE_Z, STEPS, LAYOUT_Z, NATIVE)
+            rows += T * 2 * N
+            if B_ptr is None:
+                this_B = next_B
+                next_B = load_rows(rows, T, N, NT, NATIVE)
+            if C_ptr is None:
+                this_C = next_C
+                next_C = load_rows(rows + N, T, N, NT, NATIVE)
+            dt = ()
+            dtu = ()
+            for i in tl.static_range(STEPS):
+                d = step_size(x[i], bias, now + i < limit, SOFTPLUS, NATIVE)
+                dt = dt + (exponent(d, NATIVE),)
+                dtu = dtu + (d * u[i],)
+            ys = ()
+            for k in tl.static_range(T):
+                if B_ptr is None:
+                    B = this_B[k]
+                if C_ptr is None:
+                    C = this_C[k]
+                after = ()
+                for r in tl.static_range(R):
+                    if B_ptr is not None:
+                        B = B_constant[r * NT : (r + 1) * NT]
+                    if C_ptr is not None:
+                        C = C_constant[r * NT : (r + 1) * NT]
+                    if S == R and r == 0:
+                        dt_r = dt[k % STEPS]
+                        dtu_r = dtu[k % STEPS]
+                    else:
+                        source = source_lane(lane, k, r, S, R, STEPS)
+                        dt_r = from_lane(dt[k % STEPS], source)
+                        dtu_r = from_lane(dtu[k % STEPS], source)
+                    for j in tl.static_range(NT):
+                        decay = power(dt_r * A[r * NT + j], NATIVE)
+                        state = decay * h[r * NT + j] + dtu_r * B[j]
+                        after = after + (state,)
+                        if j == 0:
+                            y = state * C[0]
+                        else:
+                            y += state * C[j]
+                    ys = ys + (y,)
+                h = after
+            ys = fold_states(ys, S, R, STEPS, PARTS, lane)
+            outs = ()
+            for i in tl.static_range(STEPS):
+                y = ys[i] + D * u[i]
+                if z_ptr is not None:
+                    y *= z[i] * sigmoid(z[i], NATIVE)
+                outs = outs + (y,)
+            store_steps(out_row, now, limit, outs, STRIDE_OUT, STEPS, LAYOUT_OUT, NATIVE)
+    if last_ptr is not None and end == count:
+        for r in tl.static_range(R):
+            channel = base + ((lane % R) ^ r)
+            for j in tl.static_range(NT):
+                state = lane % S * NT + j
+                at = last_ptr + (sequence * dim + channel) * dstate + state
+                store_one(at, h[r * NT + j], (channel < edge) & (state < dstate), NATIVE)
+
+
+@jit
+def _pack_kernel(
+    B_ptr,
+    C_ptr,
+    rows_ptr,
+    cu_seqlens_ptr,
+    length,
+    total_rows,
+    dstate,
+    strides_B,
+    strides_C,
+    N: tl.constexpr,
+    PAD: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Owns BLOCK steps of a sequence and group: lays B and C side by side, in the order of the scan, then zeros."""
+    steps = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sequence = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(2).to(tl.int64)
+    first = sequence * length
+    count = length
+    batch = sequence
+    time = 0
+    if cu_seqlens_ptr is not None:
+        first = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+        count = tl.load(cu_seqlens_ptr + sequence + 1) - first.to(tl.int32)
+        batch = sequence * 0
+        time = first
+    state = tl.arange(0, N)[None, :]
+    mask = (steps < count)[:, None] & (state < dstate)
+    if REVERSE:
+        time = (time + count - 1 - steps).to(tl.int64)[:, None]
+    else:
+        time = (time + steps).to(tl.int64)[:, None]
+    at = rows_ptr + (group * total_rows + first + sequence * PAD + steps[:, None]) * (2 * N) + state
+    inside = (steps < count + PAD)[:, None]
+    if B_ptr is not None:
+        offs = batch * strides_B[0] + group * strides_B[1] + state.to(tl.int64) * strides_B[2] + time * strides_B[3]
+        tl.store(at, tl.load(B_ptr + offs, mask=mask, other=0.0).to(tl.float32), mask=inside)
+    if C_ptr is not None:
+        offs = batch * strides_C[0] + group * strides_C[1] + state.to(tl.int64) * strides_C[2] + time * strides_C[3]
+        tl.store(at + N, tl.load(C_ptr + offs, mask=mask, other=0.0).to(tl.float32), mask=inside)

@@ -1,0 +1,248 @@
+"""The states of the selective scan without its outputs: what splits a sequence in time, and starts backward.
+
+Over a span of steps the state goes from ``h`` to ``decay h + part``: decay is the product of the steps' decays, part
+what the span makes from zero. The gradient ``g`` of the state goes the other way, by the same decay, from what the span
+hands on to ``decay g + adjoint``, adjoint being the sum over the span's steps of the decays so far times ``C_t dy_t``.
+All spans are swept at once, and ``_chain_kernel`` puts their parts together, one multiply-add a span.
+"""
+
+import triton
+import triton.language as tl
+
+from cab_kernels.scan.device import (
+    exponent,
+    from_lane,
+    jit,
+    load_steps,
+    log2_int,
+    power,
+    sigmoid,
+    store_numbers,
+    take_steps,
+)
+from cab_kernels.scan.forward import channels_of, load_matrix, load_rows, row_of, sequence_of, source_lane, step_size
+
+
+@triton.jit
+def _store_matrix(
+    ptr, base, edge, row, lane, values, S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr
+):
+    """A lane's R x NT numbers of row ``row`` of a (rows, S * NT) float32 buffer."""
+    for r in tl.static_range(R):
+        channel = base + ((lane % R) ^ r)
+        part = ()
+        for j in tl.static_range(NT):
+            part = part + (values[r * NT + j],)
+        at = ptr + (row + channel) * (S * NT) + lane % S * NT
+        store_numbers(at, part, channel < edge, NT, NATIVE)
+
+
+@jit
+def _sweep_kernel(
+    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, rows_ptr, z_ptr, delta_bias_ptr, dout_ptr, cu_seqlens_ptr,
+    states_ptr, befores_ptr, decays_ptr, adjoints_ptr,
+    strides_u, strides_delta, strides_z, strides_dout,
+    length, channels, groups, dim, dstate, sequences, chunks, blocks, total_rows,
+    first_block, first_channel, befores_dim,
+    STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_DOUT: tl.constexpr,
+    LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_DOUT: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LOCAL: tl.constexpr, ADJOINT: tl.constexpr,
+    S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
+    SPAN: tl.constexpr, PAD: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Owns a span of a block of channels of a sequence; shared out like the forward kernel.
+
+    LOCAL: starts from zero, and writes the part and the decay of its span. Otherwise starts from the state that forward
+    kept, and writes the state before every iteration to befores_ptr, (iterations, befores_dim, N); and if ADJOINT also
+    the span's adjoint and decay.
+    """
+    N: tl.constexpr = S * NT
+    T: tl.constexpr = STEPS * PARTS
+    PACKED: tl.constexpr = cu_seqlens_ptr is not None
+    pid = tl.program_id(0)
+    sequence, span, first, count = sequence_of(pid // blocks, length, chunks, cu_seqlens_ptr, sequences, SPAN)
+    begin = span * SPAN
+    end = min(begin + SPAN, count)
+    lane, base, own, edge, group = channels_of(first_block + pid % blocks, channels, groups, S, R)
+    mask = own < edge
+    row = tl.where(mask, own, 0)
+    part = lane % S // R * STEPS
+    limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
+    slot = first // SPAN + sequence + span
+    A = load_matrix(A_ptr, base, edge, 0, dstate, lane, S, R, NT, NATIVE)
+    bias = 0.0
+    if delta_bias_ptr is not None:
+        bias = tl.load(delta_bias_ptr + row).to(tl.float32)
+    if B_ptr is not None:
+        B_constant = load_matrix(B_ptr, base, edge, 0, dstate, lane, S, R, NT, NATIVE)
+    if C_ptr is not None:
+        C_constant = load_matrix(C_ptr, base, edge, 0, dstate, lane, S, R, NT, NATIVE)
+    zeros = ()
+    ones = ()
+    for _ in tl.static_range(R * NT):
+        zeros = zeros + (tl.zeros([1, 32], tl.float32),)
+        ones = ones + (tl.full([1, 32], 1.0, tl.float32),)
+    if LOCAL:
+        h = zeros
+    else:
+        h = load_matrix(states_ptr, base, edge, slot * dim, N, lane, S, R, NT, NATIVE)
+    decay = ones
+    adjoint = zeros
+    elapsed = tl.zeros([1, 32], tl.float32)
+
+    u_row = row_of(u_ptr, strides_u, sequence, first, count, row, STRIDE_U, PACKED)
+    delta_row = row_of(delta_ptr, strides_delta, sequence, first, count, row, STRIDE_DELTA, PACKED)
+    rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD + begin) * (2 * N) + lane % S * NT
+    next_u = load_steps(u_row, part + begin, limit, STRIDE_U, STEPS, LAYOUT_U, NATIVE)
+    next_delta = load_steps(delta_row, part + begin, limit, STRIDE_DELTA, STEPS, LAYOUT_DELTA, NATIVE)
+    if ADJOINT:
+        dout_row = row_of(dout_ptr, strides_dout, sequence, first, count, row, STRIDE_DOUT, PACKED)
+        next_dout = load_steps(dout_row, part + begin, limit, STRIDE_DOUT, STEPS, LAYOUT_DOUT, NATIVE)
+        if z_ptr is not None:
+            z_row = row_of(z_ptr, strides_z, sequence, first, count, row, STRIDE_Z, PACKED)
+            next_z = load_steps(z_row, part + begin, limit, STRIDE_Z, STEPS, LAYOUT_Z, NATIVE)
+    if B_ptr is None:
+        next_B = load_rows(rows, T, N, NT, NATIVE)
+    if ADJOINT and C_ptr is None:
+        next_C = load_rows(rows + N, T, N, NT, NATIVE)
+    for t in range(begin, end, T):
+        now = part + t
+        u = take_steps(next_u, STRIDE_U, STEPS, LAYOUT_U)
+        x = take_steps(next_delta, STRIDE_DELTA, STEPS, LAYOUT_DELTA)
+        next_u = load_steps(u_row, now + T, limit, STRIDE_U, STEPS, LAYOUT_U, NATIVE)
+        next_delta = load_steps(delta_row, now + T, limit, STRIDE_DELTA, STEPS, LAYOUT_DELTA, NATIVE)
+        if ADJOINT:
+            dout = take_steps(next_dout, STRIDE_DOUT, STEPS, LAYOUT_DOUT)
+            next_dout = load_steps(dout_row, now + T, limit, STRIDE_DOUT, STEPS, LAYOUT_DOUT, NATIVE)
+            if z_ptr is not None:
+                z = take_steps(next_z, STRIDE_Z, STEPS, LAYOUT_Z)
+                next_z = load_steps(z_row, now + T, limit, STRIDE_Z, STEPS, LAYOUT_Z, NATIVE)
+        rows += T * 2 * N
+        if B_ptr is None:
+            this_B = next_B
+            next_B = load_rows(rows, T, N, NT, NATIVE)
+        if ADJOINT and C_ptr is None:
+            this_C = next_C
+            next_C = load_rows(rows + N, T, N, NT, NATIVE)
+        if not LOCAL:
+            before = ((first // T + sequence) + t // T) * befores_dim - first_channel
+            _store_matrix(befores_ptr, base, edge, before, lane, h, S, R, NT, NATIVE)
+        dt = ()
+        dtu = ()
+        dy = ()
+        for i in tl.static_range(STEPS):
+            d = step_size(x[i], bias, now + i < limit, SOFTPLUS, NATIVE)
+            elapsed += exponent(d, NATIVE)
+            dt = dt + (exponent(d, NATIVE),)
+            dtu = dtu + (d * u[i],)
+            if ADJOINT:
+                g = dout[i]
+                if z_ptr is not None:
+                    g *= z[i] * sigmoid(z[i], NATIVE)
+                dy = dy + (g,)
+        for k in tl.static_range(T):
+            if B_ptr is None:
+                B = this_B[k]
+            if ADJOINT and C_ptr is None:
+                C = this_C[k]
+            after = ()
+            decay_after = ()
+            adjoint_after = ()
+            for r in tl.static_range(R):
+                if B_ptr is not None:
+                    B = B_constant[r * NT : (r + 1) * NT]
+                if ADJOINT and C_ptr is not None:
+                    C = C_constant[r * NT : (r + 1) * NT]
+                if S == R and r == 0:
+                    dt_r = dt[k % STEPS]
+                    dtu_r = dtu[k % STEPS]
+                    if ADJOINT:
+                        dy_r = dy[k % STEPS]
+                else:
+                    source = source_lane(lane, k, r, S, R, STEPS)
+                    dt_r = from_lane(dt[k % STEPS], source)
+                    dtu_r = from_lane(dtu[k % STEPS], source)
+                    if ADJOINT:
+                        dy_r = from_lane(dy[k % STEPS], source)
+                for j in tl.static_range(NT):
+                    a = power(dt_r * A[r * NT + j], NATIVE)
+                    after = after + (a * h[r * NT + j] + dtu_r * B[j],)
+                    if ADJOINT:
+                        p = decay[r * NT + j] * a
+                        decay_after = decay_after + (p,)
+                        adjoint_after = adjoint_after + (adjoint[r * NT + j] + p * (dy_r * C[j]),)
+            h = after
+            if ADJOINT:
+                decay = decay_after
+                adjoint = adjoint_after
+    if count > begin:
+        if LOCAL:
+            for level in tl.static_range(log2_int(PARTS)):
+                elapsed += from_lane(elapsed, lane ^ (R << level))
+            decay = ()
+            for r in tl.static_range(R):
+                total = from_lane(elapsed, lane // S * S + ((lane % R) ^ r))
+                for j in tl.static_range(NT):
+                    decay = decay + (power(total * A[r * NT + j], NATIVE),)
+            _store_matrix(states_ptr, base, edge, slot * dim, lane, h, S, R, NT, NATIVE)
+        if LOCAL or ADJOINT:
+            _store_matrix(decays_ptr, base, edge, slot * dim, lane, decay, S, R, NT, NATIVE)
+        if ADJOINT:
+            _store_matrix(adjoints_ptr, base, edge, slot * dim, lane, adjoint, S, R, NT, NATIVE)
+
+
+@jit
+def _chain_kernel(
+    parts_ptr,
+    decays_ptr,
+    start_ptr,
+    cu_seqlens_ptr,
+    length,
+    dim,
+    dstate,
+    first_channel,
+    last_channel,
+    N: tl.constexpr,
+    SPAN: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Owns BLOCK states of a sequence, and replaces what each span adds to them by what the span starts from.
+
+    The state that a span ends with is ``decay * start + part``; BACKWARD, spans are met from the last to the first.
+    """
+    offs = first_channel * N + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sequence = tl.program_id(1).to(tl.int64)
+    first = sequence * length
+    count = length
+    if cu_seqlens_ptr is not None:
+        first = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+        count = tl.load(cu_seqlens_ptr + sequence + 1) - first.to(tl.int32)
+    mask = offs < last_channel * N
+    state = tl.zeros([BLOCK], tl.float32)
+    if start_ptr is not None:
+        inside = mask & (offs % N < dstate)
+        at = start_ptr + (sequence * dim + offs // N) * dstate + offs % N
+        state = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    spans = tl.maximum(tl.cdiv(count, SPAN), 1)  # an empty sequence has a slot, which hands on
+    step = dim.to(tl.int64) * N
+    start = (first // SPAN + sequence) * step
+    if BACKWARD:
+        start += (spans - 1) * step
+        step = -step
+    part_at = parts_ptr + start + offs
+    decay_at = decays_ptr + start + offs
+    for span in range(0, spans, AHEAD):
+        parts = ()
+        decays = ()
+        for i in tl.static_range(AHEAD):
+            inside = mask & (span + i < spans)
+            parts = parts + (tl.load(part_at + i * step, mask=inside, other=0.0),)
+            decays = decays + (tl.load(decay_at + i * step, mask=inside, other=0.0),)
+        for i in tl.static_range(AHEAD):
+            tl.store(part_at + i * step, state, mask=mask & (span + i < spans))
+            state = state * decays[i] + parts[i]
+        part_at += AHEAD * step
+        decay_at += AHEAD * step
