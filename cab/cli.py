@@ -115,6 +115,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--attention", metavar="FILE", type=Path, help="also draw the similarity of teacher's and students' attention"
     )
+    parser.add_argument("--length", metavar="N", type=int, help="of text: windows of N tokens, also longer than learnt")
     parser.set_defaults(command=_eval)
 
 
@@ -213,7 +214,7 @@ def _eval(options: argparse.Namespace) -> None:
     from cab.report import table
     from cab.run import compare_attention, evaluate
 
-    print(table(*evaluate(options.run, options.data)))
+    print(table(*evaluate(options.run, options.data, options.length)))
     if options.attention:
         compare_attention(options.run, options.attention, options.data)
         print(f"similarity of the attention: {options.attention}")

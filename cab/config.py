@@ -277,6 +277,21 @@ class LossConfig(Section):
 
 
 @dataclass(frozen=True)
+class TokenLossConfig(LossConfig):
+    """What is minimised, each term a mean over tokens; another divergence may take the place of the KL."""
+
+    divergence: str = _option(
+        "forward",
+        "what loss.kl weighs: forward, KL(teacher || student), reverse, KL(student || teacher), or jsd between them",
+        choices=("forward", "reverse", "jsd"),
+    )
+    beta: float = _option(0.5, "of jsd: share of the teacher in the mixture", above=0, at_most=0.999)
+    top_k: int | None = _option(
+        None, "compare the teacher's likeliest tokens and all others as one; none compares all", at_least=1
+    )
+
+
+@dataclass(frozen=True)
 class OptimConfig(Section):
     """AdamW with linear warm-up and cosine decay; averaged weights."""
 
@@ -369,6 +384,7 @@ class VisionConfig(Config):
 class LanguageConfig(Config):
     """One run on text."""
 
+    loss: TokenLossConfig = TokenLossConfig()
     data: TextConfig = TextConfig()
     teacher: DecoderConfig = DecoderConfig()
     student: MambaConfig = MambaConfig()
@@ -524,6 +540,8 @@ PRESETS: Mapping[str, Variant] = types.MappingProxyType(
                 "student.width": 64,
                 "student.depth": 4,
                 "bridge.hidden": 64,
+                "bridge.targets": "standardised",
+                "loss.align": 0.1,
                 "optim.steps": 150,
                 "optim.batch_size": 16,
                 "optim.lr": 3e-3,

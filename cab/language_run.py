@@ -25,7 +25,7 @@ from cab.distill.language import LanguageTask
 from cab.distill.schedule import AlignmentSchedule, Kind
 from cab.distill.targets import TargetKind
 from cab.distill.task import DistillationTask, LossWeights
-from cab.distill.token_losses import Divergence
+from cab.distill.token_losses import Divergence, DivergenceKind
 from cab.layer_map import layer_map, proportional
 from cab.refusal import refused
 from cab.report import PERPLEXITY
@@ -118,7 +118,7 @@ class LanguageRun(Run):
                 schedule=AlignmentSchedule(cast(Kind, loss.schedule), loss.align, loss.until),
                 targets=cast(TargetKind, arm.bridge.targets),
                 layer_map=layer_map(arm.bridge.layer_map, student.num_layers, tapped.num_layers) if tapped else None,
-                divergence=Divergence(),
+                divergence=Divergence(cast(DivergenceKind, loss.divergence), loss.beta, loss.top_k),
                 tokens=self.tokens.size,
             )
 

@@ -52,17 +52,18 @@ def distill(config: RunConfig, folder: Path, say: Say) -> list[Row]:
     return _run(config, folder).distill(say)
 
 
-def evaluate(folder: Path, data: str | None = None) -> tuple[Measure, list[Row]]:
+def evaluate(folder: Path, data: str | None = None, length: int | None = None) -> tuple[Measure, list[Row]]:
     """Measure the students of a run on the test split, and return a row for each.
 
     Args:
         folder: of the run.
         data: takes the place of the configuration's ``data.root`` or ``data.path``.
+        length: takes the place of ``data.length``: how a student fares beyond the length that it learnt.
 
     Raises:
-        UserError: not the folder of a run, or no arm of it has ended.
+        UserError: not the folder of a run, or no arm of it has ended; a length for a run on images.
     """
-    run = _run(_with_data(folder, data), folder)
+    run = _run(_with_data(folder, data, length), folder)
     return run.measure, run.evaluate()
 
 
@@ -107,12 +108,16 @@ def compare_attention(folder: Path, file: Path, data: str | None = None, images:
     plot_similarity(run.attention_similarity(images), file)
 
 
-def _with_data(folder: Path, data: str | None) -> RunConfig:
+def _with_data(folder: Path, data: str | None, length: int | None = None) -> RunConfig:
     config: Any = of_run(folder)
-    if data is None:
-        return config
-    source = "path" if isinstance(config, LanguageConfig) else "root"
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **{source: data}))
+    on_text = isinstance(config, LanguageConfig)
+    if length is not None and not on_text:
+        raise UserError(f"expected a run on text for --length, got one on images in {folder}")
+    given = {"path" if on_text else "root": data, "length": length}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if on_text and data is not None:
+        changes["name"] = "files"
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
 
 
 def _run(config: RunConfig, folder: Path) -> Run:

@@ -26,7 +26,7 @@ _HEADED = {"num_attention_heads": 4, "intermediate_size": 40, "max_position_embe
 _TEACHERS = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "phi", "phi3", "olmo2", "smollm3", "cohere", "granite"), _LLAMA),
     **dict.fromkeys(("qwen3", "gemma", "gemma2", "gemma3_text"), {**_LLAMA, "head_dim": 8}),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), _GPT),
+    "gpt2": _GPT,
     "gptj": {**_GPT, "rotary_dim": 4},
     "codegen": {**_GPT, "rotary_dim": 4},
     "opt": {**_HEADED, "ffn_dim": 40, "word_embed_proj_dim": 32},
@@ -39,10 +39,8 @@ _TEACHERS = {
     },
     "bloom": _BLOOM,
     "falcon": {"num_attention_heads": 4},
-    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
     "gpt_oss": {**_LLAMA, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
 }
-_OWN_NAMES = {"mpt", "gpt2", "gpt_bigcode", "gptj", "codegen", "gpt_neo", "bloom"}
 
 
 def make(family: str, seed: int = 0, **kwargs: object) -> nn.Module:

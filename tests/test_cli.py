@@ -129,6 +129,11 @@ def test_runs_are_compared(finished: Path, tmp_path: Path, capsys: pytest.Captur
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]] == ["teacher", "soft-kd", "cab"]
 
 
+def test_a_length_is_for_text(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(finished), "--length", "8"]) == 2
+    assert capsys.readouterr().err.endswith(f"expected a run on text for --length, got one on images in {finished}\n")
+
+
 def test_resuming_takes_ended_arms_over_and_trains_what_is_missing(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

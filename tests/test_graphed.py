@@ -7,21 +7,21 @@ import torch
 import cab.students.vim  # noqa: F401  registers the students with timm
 from cab.bridge import Bridges
 from cab.distill.schedule import AlignmentSchedule
-from cab.distill.task import DistillationTask
+from cab.distill.vision import VisionTask
 from cab.graphed import GraphedStep
 from cab.teachers.timm import TimmTeacher
 
 pytestmark = pytest.mark.gpu
 
 
-def make_task(targets: str = "raw", drop_path: float = 0.0) -> DistillationTask:
+def make_task(targets: str = "raw", drop_path: float = 0.0) -> VisionTask:
     torch.manual_seed(0)
     student = timm.create_model("vim_micro_patch2_8", depth=3, drop_path_rate=drop_path)
     sizes = {"img_size": 8, "patch_size": 2, "depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 10}
     teacher = TimmTeacher(timm.create_model("deit_tiny_patch16_224", **sizes))
     bridges = Bridges(3, 2, student.d_state, 64, teacher.key_width, teacher.query_width)
     schedule = AlignmentSchedule("until", weight=0.5, until=0.5)
-    return DistillationTask(student, teacher, bridges, schedule=schedule, targets=targets).cuda().train()
+    return VisionTask(student, teacher, bridges, schedule=schedule, targets=targets).cuda().train()
 
 
 def batch(seed: int, size: int = 8) -> torch.Tensor:

@@ -36,11 +36,11 @@ SETTINGS = [
     "teacher.num_heads=2",
     "teacher.patch_size=8",
     "bridge.hidden=8",
-    "optim.steps=60",
+    "optim.steps=24",
     "optim.batch_size=4",
     "optim.ema=0.9",
     "log_every=3",
-    "eval_every=20",
+    "eval_every=24",
     "save_every=4",
 ]
 

@@ -19,9 +19,8 @@ def lines(folder: Path) -> Path:
 
 
 def parquet(folder: Path) -> Path:
-    import pyarrow
-    import pyarrow.parquet
-
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
     file = folder / "text.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2, 3], "text": TEXTS}), file)
     return file
@@ -86,6 +85,8 @@ def write(folder: Path, name: str, content: bytes) -> Path:
     ],
 )
 def test_files_that_hold_no_text(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
     file = write(tmp_path, name, content)
     with pytest.raises(UserError, match=message):
         list(documents(TextConfig(path=str(file))))

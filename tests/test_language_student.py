@@ -39,9 +39,9 @@ def fused_mamba2(
     B, C = (part.reshape(batch, length, groups, -1) for part in (B, C))
     u = u.reshape(batch, length, heads, head_dim)
     y = modeling_mamba2.mamba2_chunk_scan(u, dt, A, B, C, chunk_size, D=D, dt_bias=dt_bias, dt_softplus=True)
-    norm = modeling_mamba2.MambaRMSNormGated(heads * head_dim, heads * head_dim // groups, rmsnorm_eps)
-    norm.weight = rmsnorm_weight
-    return F.linear(norm(y.flatten(2), gate), options["outproj_weight"], options["outproj_bias"])
+    gated = (y.flatten(2) * F.silu(gate)).unflatten(-1, (groups, -1))
+    normalised = (gated * (gated.square().mean(-1, keepdim=True) + rmsnorm_eps).rsqrt()).flatten(2)
+    return F.linear(rmsnorm_weight * normalised, options["outproj_weight"], options["outproj_bias"])
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "mamba_ssm"])
@@ -49,7 +49,9 @@ def fused_mamba2(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_b_and_c_carry_their_gradient_to_every_layer(family, checkpointing, fused, monkeypatch) -> None:
     """Also where one fused call hides them, and where the backward pass runs every block a second time."""
-    student, plain = LanguageStudent(make(family)), LanguageStudent(make(family))
+    # Versions of transformers differ in the norm of several groups.
+    groups = {"n_groups": 1} if family == "mamba2" else {}
+    student, plain = LanguageStudent(make(family, **groups)), LanguageStudent(make(family, **groups))
     if fused:
         monkeypatch.setattr(modeling_mamba, "mamba_inner_fn", None)  # our mixer does not call it
         monkeypatch.setattr(modeling_mamba2, "mamba2_split_conv1d_scan_combined", fused_mamba2)

@@ -11,7 +11,7 @@ SCALES = {"opt": 1.0, "gpt_neo": 1.0, "granite": 1.0, "gemma2": 1 / 16, "gemma3_
 KEY_HEADS = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "olmo2", "smollm3", "cohere", "granite"), 2),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "gpt_oss"), 2),
-    **dict.fromkeys(("gpt_bigcode", "falcon"), 1),
+    "falcon": 1,
 }
 # Those whose scores are more than scale * Q K^T: biased by distance, capped, or joined by a sink.
 OTHER_SCORES = ("bloom", "gemma2", "gpt_oss")
@@ -22,7 +22,6 @@ FAMILIES = (
         "smollm3",
         "cohere",
         "granite",
-        "gpt_bigcode",
         "gpt_oss",
         "gptj",
         "gpt_neo",

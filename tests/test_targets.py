@@ -27,6 +27,26 @@ def test_statistics_are_those_of_all_tokens_seen() -> None:
     assert not statistics.count[0]
 
 
+def test_statistics_leave_padding_out() -> None:
+    statistics, only = RunningStatistics(1, 8), RunningStatistics(1, 8)
+    for seed in (0, 1):
+        batch, mask = keys(seed), torch.ones(3, 5, dtype=torch.bool)
+        mask[1, 2:] = False
+        padded = batch.clone()
+        padded[1, :, 2:] = torch.nan
+        statistics.update(0, padded, mask)
+        only.update(0, flat(batch).unflatten(0, (3, 5))[mask].unflatten(-1, (2, 4)).transpose(0, 1)[None])
+    for name, buffer in statistics.named_buffers():
+        torch.testing.assert_close(buffer, getattr(only, name), rtol=1e-5, atol=1e-5)
+
+
+def test_softmax_over_the_tokens_leaves_padding_out() -> None:
+    key, mask = keys(0, batch=1), torch.tensor([[True, True, True, False, False]])
+    target = TeacherTargets("softmax", 1, 8, 8).key(0, key, mask).value
+    torch.testing.assert_close(target[:, :, :3], key[:, :, :3].softmax(dim=-2))
+    assert not target[:, :, 3:].any()
+
+
 def test_standardised_targets_have_mean_0_and_variance_1() -> None:
     targets, key = TeacherTargets("standardised", 1, 8, 8).train(), keys(0)
     target = targets.key(0, key)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.mamba import modeling_mamba
 
+from cab.students import transformers_mamba
 from cab.students.transformers_mamba import use_cab_kernels
 
 FAMILIES = ("mamba", "falcon_mamba")
@@ -52,12 +53,27 @@ def test_logits_and_gradients_are_within_the_error_budget_of_the_fallback(family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generates_the_same_tokens(family: str) -> None:
+def test_generates_the_same_tokens_one_step_at_a_time(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    step = transformers_mamba.selective_state_update
+    monkeypatch.setattr(
+        transformers_mamba, "selective_state_update", lambda *args, **kwargs: steps.append(1) or step(*args, **kwargs)
+    )
     ids, mask = batch()
     settings = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     own, ours = (model.generate(ids, **settings) for model in both(family))
     assert own.shape == (2, 31)
     assert torch.equal(own, ours)
+    assert len(steps) == 2 * 11  # two layers; the prompt gives the first token
+
+
+def test_a_single_token_that_is_learnt_from_has_its_gradient() -> None:
+    """The one-token step is for inference; where gradients are wanted the scan takes its place."""
+    ids, _ = batch()
+    model = use_cab_kernels(make("mamba"))
+    first = model(ids[:, :18], use_cache=True)
+    model(ids[:, 18:], cache_params=first.cache_params, use_cache=True).logits.sum().backward()
+    assert model.backbone.layers[0].mixer.x_proj.weight.grad.any()
 
 
 @pytest.mark.parametrize("split", [1, 2, 7, 18])

@@ -69,12 +69,9 @@ class Alignment:
         students = [index for index, teacher in enumerate(self.layer_map) if teacher == layer]
         directions = [direction for index in students for direction in self.projections[index]]
         if directions:
-            keys = self._losses(
-                [direction.B for direction in directions], self.key_weights[layer], self.targets.key(layer, key)
-            )
-            queries = self._losses(
-                [direction.C for direction in directions], self.query_weights[layer], self.targets.query(layer, query)
-            )
+            sources = [direction.B for direction in directions], [direction.C for direction in directions]
+            keys = self._losses(sources[0], self.key_weights[layer], self.targets.key(layer, key, self.mask))
+            queries = self._losses(sources[1], self.query_weights[layer], self.targets.query(layer, query, self.mask))
             self.of_layers.append((keys + queries).view(len(students), -1).sum(1))
 
     def _losses(self, sources: list[Tensor], weights: BridgeWeights, target: Target) -> Tensor:

@@ -42,23 +42,31 @@ class RunningStatistics(nn.Module):
         self.register_buffer("spread", torch.zeros(layers, width))  # sum of squared differences from the mean
 
     @torch.no_grad()
-    def update(self, layer: int, value: Tensor) -> None:
-        """Take in K or Q (batch, heads, tokens, head_dim) of one layer.
+    def update(self, layer: int, value: Tensor, mask: Tensor | None = None) -> None:
+        """Take in K or Q (batch, heads, tokens, head_dim) of one layer, where ``mask`` (batch, tokens) is True.
 
         Two sets of tokens are joined without loss of precision (Chan, Golub and LeVeque, 1979).
         """
-        variance, mean = torch.var_mean(value.float(), dim=(0, 2), correction=0)
-        mean, spread = mean.flatten(), variance.flatten()
-        tokens = value.shape[0] * value.shape[2] * processes.count()
-        # Where several processes share a batch, each takes in all of it; their shares are equal.
-        whole = processes.mean(mean)
-        mean, spread = whole, processes.mean(spread + (mean - whole).square())
+        if mask is None:
+            variance, mean = torch.var_mean(value.float(), dim=(0, 2), correction=0)
+            mean, tokens = mean.flatten(), self.count.new_full((), value.shape[0] * value.shape[2])
+            spread = tokens * variance.flatten()
+        else:
+            tokens = mask.sum().double()
+            rows = value.transpose(1, 2).flatten(2).float().masked_fill(~mask.unsqueeze(-1), 0)
+            mean = (rows.sum((0, 1)) / tokens.clamp(min=1)).float()
+            spread = (rows - mean).masked_fill(~mask.unsqueeze(-1), 0).square().sum((0, 1))
+        if processes.count() > 1:  # they share a batch: each takes in all of it
+            share = processes.mean(tokens)
+            whole = (processes.mean(tokens * mean) / share.clamp(min=1)).float()
+            spread = processes.mean(spread + tokens.float() * (mean - whole).square()) * processes.count()
+            mean, tokens = whole, share * processes.count()
         before = self.count[layer].clone()
-        share = (tokens / (before + tokens)).float()
+        share = (tokens / (before + tokens).clamp(min=1)).float()
         difference = mean - self.mean[layer]
         self.count[layer] += tokens
         self.mean[layer] += share * difference
-        self.spread[layer] += tokens * spread + before.float() * share * difference.square()
+        self.spread[layer] += spread + before.float() * share * difference.square()
 
     def standardise(self, layer: int, value: Tensor) -> Target:
         """``value`` with the statistics of its layer."""
@@ -88,21 +96,22 @@ class TeacherTargets(nn.Module):
         self.of_key = RunningStatistics(layers, key_width) if standardised else None
         self.of_query = RunningStatistics(layers, query_width) if standardised else None
 
-    def key(self, layer: int, key: Tensor) -> Target:
-        """The target for B, from K (batch, heads, tokens, head_dim)."""
+    def key(self, layer: int, key: Tensor, mask: Tensor | None = None) -> Target:
+        """The target for B, from K (batch, heads, tokens, head_dim), of which ``mask`` (batch, tokens) counts."""
         if self.kind == "softmax":
-            return Target(key.softmax(dim=-2))
-        return self._target(self.of_key, layer, key)
+            counted = key if mask is None else key.masked_fill(~mask[:, None, :, None], -torch.inf)
+            return Target(counted.softmax(dim=-2))
+        return self._target(self.of_key, layer, key, mask)
 
-    def query(self, layer: int, query: Tensor) -> Target:
-        """The target for C, from Q (batch, heads, tokens, head_dim)."""
+    def query(self, layer: int, query: Tensor, mask: Tensor | None = None) -> Target:
+        """The target for C, from Q (batch, heads, tokens, head_dim), of which ``mask`` (batch, tokens) counts."""
         if self.kind == "softmax":
             return Target(query.transpose(1, 2).flatten(2).softmax(dim=-1))
-        return self._target(self.of_query, layer, query)
+        return self._target(self.of_query, layer, query, mask)
 
-    def _target(self, statistics: RunningStatistics | None, layer: int, value: Tensor) -> Target:
+    def _target(self, statistics: RunningStatistics | None, layer: int, value: Tensor, mask: Tensor | None) -> Target:
         if statistics is None:
             return Target(value)
         if self.training:
-            statistics.update(layer, value)
+            statistics.update(layer, value, mask)
         return statistics.standardise(layer, value)

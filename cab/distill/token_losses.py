@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+DivergenceKind = Literal["forward", "reverse", "jsd"]
+
 IGNORED = -100  # the label of a token that does not count, as everywhere in PyTorch
 MOST_PADDING = 1024  # rows of a head beyond its tokenizer's tokens; published models have up to 943
 
@@ -30,7 +32,7 @@ class Divergence:
     Source: arXiv:2306.13649, section 2.
     """
 
-    kind: Literal["forward", "reverse", "jsd"] = "forward"
+    kind: DivergenceKind = "forward"
     beta: float = 0.5
     top_k: int | None = None
 

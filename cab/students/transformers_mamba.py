@@ -6,13 +6,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from cab.students.recompute import Recomputed
-from cab_kernels import causal_conv1d_fn, selective_scan_fn
+from cab_kernels import causal_conv1d_fn, causal_conv1d_update, selective_scan_fn, selective_state_update
 
 
 class _KernelForward(nn.Module):
@@ -29,8 +30,11 @@ class _KernelForward(nn.Module):
     ) -> Tensor:
         """Mix (batch, tokens, width); ``attention_mask`` (batch, tokens) is 0 where a token is padding."""
         mixer: Any = self
-        cache = None if cache_params is None else cache_params.layers[mixer.layer_idx]
+        cache: Any = None if cache_params is None else cache_params.layers[mixer.layer_idx]
         state = None if cache is None else cache.recurrent_states[0]
+        one_token = hidden_states.shape[1] == 1 and attention_mask is None and not torch.is_grad_enabled()
+        if state is not None and one_token and not cache.record_past:
+            return self._step(hidden_states, cache)
         x, z = mixer.in_proj(_without_padding(hidden_states, attention_mask)).transpose(1, 2).chunk(2, dim=1)
         tokens = x.shape[-1]
         if cache is not None:  # which puts the last inputs before these
@@ -61,7 +65,8 @@ class _KernelForward(nn.Module):
                 delta_bias=mixer.dt_proj.bias.float(),
                 delta_softplus=True,
                 return_last_state=cache is not None,
-                initial_state=state,
+                # The cache is about to be written over, and backward may still want what it held.
+                initial_state=None if state is None else state.clone(),
             )
         if self.on_projections is not None:
             self.on_projections(B, C)
@@ -69,6 +74,26 @@ class _KernelForward(nn.Module):
             scanned, last_state = scanned
             cache.update_recurrent_state(last_state)
         return mixer.out_proj(scanned.transpose(1, 2).to(hidden_states.dtype))
+
+    def _step(self, hidden: Tensor, cache: Any) -> Tensor:
+        """Mix one token (batch, 1, width), and advance the cache in place."""
+        mixer: Any = self
+        x, z = mixer.in_proj(hidden.squeeze(1)).chunk(2, dim=-1)
+        u = causal_conv1d_update(x, cache.conv_states[0], mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, "silu")
+        low_rank, B, C = self._project(u)
+        out = selective_state_update(
+            cache.recurrent_states[0],
+            u,
+            F.linear(low_rank, mixer.dt_proj.weight.to(low_rank.dtype)),
+            -mixer.A_log.float().exp(),
+            B,
+            C,
+            mixer.D.float(),
+            z=z,
+            dt_bias=mixer.dt_proj.bias.float(),
+            dt_softplus=True,
+        )
+        return mixer.out_proj(out.to(hidden.dtype)).unsqueeze(1)
 
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mixer: Any = self

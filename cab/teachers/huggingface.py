@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -118,12 +118,16 @@ class HuggingFaceTeacher(Teacher):
         model: Any = self.model
         if model._can_set_attn_implementation() and not getattr(model.config, "attn_logit_softcapping", None):
             yield _interface_tap, _IMPLEMENTATION
-        yield lambda model, show: ScaledDotProductCalls(show), None
-        yield self._written_out_tap, "eager"
+        yield lambda model, show: ScaledDotProductCalls(self._unrepeated(show)), None
+        yield lambda model, show: WrittenOutCalls(self._unrepeated(show), self._heads), "eager"
 
-    def _written_out_tap(self, model: nn.Module, show: AttentionSink) -> AbstractContextManager[object]:
-        # Here each head of K comes as often as heads of Q share it.
-        return WrittenOutCalls(lambda query, key: show(query, key[:, :: self._repeats]), self._heads)
+    def _unrepeated(self, show: AttentionSink) -> AttentionSink:
+        """``show`` for places where a head of K may come as often as heads of Q share it."""
+
+        def narrow(query: Tensor, key: Tensor) -> None:
+            show(query, key[:, :: self._repeats] if key.shape[1] == self._heads else key)
+
+        return narrow
 
     def _probe_logits(self) -> Tensor:
         """Logits of two short sequences, of which one has padding, where it is not padding."""

@@ -1,0 +1,195 @@
+"""Language models from the command line: whole runs in seconds, and one line for whatever the user can put right."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from language_models import make
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from cab.cli import main
+from cab.distill.task import LossWeights
+from cab.distill.token_losses import Divergence
+
+TINY = [
+    "device=cpu",
+    "data.limit=30000",
+    "data.held_out=0.4",
+    "data.length=16",
+    "data.test_tokens=200",
+    "teacher.width=16",
+    "teacher.depth=2",
+    "teacher.heads=2",
+    "teacher.key_heads=1",
+    "teacher.steps=2",
+    "student.width=16",
+    "student.depth=2",
+    "student.d_state=4",
+    "bridge.hidden=8",
+    "optim.steps=2",
+    "optim.batch_size=4",
+]
+
+
+def distill(*settings: str, preset: str = "lm-local") -> list[str]:
+    return ["distill", "--preset", preset, *(word for setting in (*TINY, *settings) for word in ("--set", setting))]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that has ended."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main([*distill("arms=soft-kd-a0,cab"), "--out", str(folder)]) == 0
+    return folder
+
+
+def rows_of(folder: Path) -> dict[str, dict]:
+    results = json.loads((folder / "results.json").read_text())
+    assert results["measure"] == "perplexity"
+    return {row["name"]: row for row in results["rows"]}
+
+
+def test_a_run_leaves_all_that_it_promises(finished: Path) -> None:
+    assert {file.name for file in finished.iterdir()} == {
+        *("cab", "config.yaml", "curves.png", "results.json", "soft-kd-a0", "teacher", "teacher-model"),
+    }
+    names = {file.name for file in (finished / "cab").iterdir()}
+    assert names == {"checkpoint-2", "metrics.jsonl", "result.json", "student", "tensorboard"}
+    rows = rows_of(finished)
+    assert list(rows) == ["teacher", "soft-kd-a0", "cab"]
+    assert all(1 < row["score"] < 1000 for row in rows.values())
+    assert rows["cab"]["alignment"] > 0
+
+
+def test_perplexity_is_that_of_the_test_text(finished: Path) -> None:
+    """By hand: every token of the held-out text but the first predicted once, in the first window that holds it."""
+    from cab.data.language import load
+    from cab.settings import of_run
+
+    stream = load(of_run(finished).data).test.stream.long()
+    model = AutoModelForCausalLM.from_pretrained(finished / "cab" / "student")
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(stream) - 15, 8):
+            window = stream[start : start + 16]
+            losses = nn.functional.cross_entropy(model(window[None]).logits[0, :-1, :257], window[1:], reduction="none")
+            fresh = losses if start == 0 else losses[-8:]
+            total, count = total + fresh.sum().item(), count + len(fresh)
+    assert rows_of(finished)["cab"]["score"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_eval_measures_what_the_run_reported(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(finished)]) == 0
+    rows = rows_of(finished)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [
+        [name, f"{rows[name]['score']:.3f}"] for name in ("soft-kd-a0", "cab")
+    ]
+
+
+def test_eval_beyond_the_length_that_was_learnt(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cab.run import evaluate
+
+    _, short = evaluate(finished)
+    _, long = evaluate(finished, length=128)  # eight times the length, over the same 200 tokens
+    assert [row.name for row in long] == ["soft-kd-a0", "cab"]
+    assert all(abs(math.log(a.score / b.score)) < 0.5 and a.score != b.score for a, b in zip(short, long, strict=True))
+    (tmp_path / "other.txt").write_text("xyz " * 500)
+    assert main(["eval", str(finished), "--data", str(tmp_path / "other.txt"), "--length", "64"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_the_student_stands_alone_and_generates(finished: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished / "cab" / "student")
+    assert type(model).__name__ == "MambaForCausalLM"
+    assert not any("bridge" in name for name, _ in model.named_parameters())
+    out = model.generate(torch.tensor([list(b"import ")]), max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert out.shape == (1, 12)
+
+
+def test_resuming_trains_what_is_missing(finished: Path) -> None:
+    before = rows_of(finished)
+    for file in sorted((finished / "cab").rglob("*"), reverse=True):
+        file.unlink() if file.is_file() else file.rmdir()
+    assert main(["distill", "--resume", str(finished)]) == 0
+    assert rows_of(finished)["cab"]["score"] == before["cab"]["score"]
+    assert rows_of(finished)["teacher"] == before["teacher"]
+
+
+def test_mamba2_from_a_teacher_by_name(finished: Path, tmp_path: Path) -> None:
+    """A text file, documents kept apart, and a student that starts from its teacher's weights."""
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"line {n} " * n}) + "\n" for n in range(40)))
+    settings = [
+        "arms=cab",
+        f"teacher.name={finished / 'teacher-model'}",
+        "teacher.steps=0",
+        "data.name=files",
+        f"data.path={tmp_path / 'text.jsonl'}",
+        "data.tokenizer=bytes",
+        "data.boundaries=kept",
+        "student.name=mamba2",
+        "student.head_dim=8",
+        "student.groups=2",
+        "student.from_teacher=true",
+    ]
+    assert main([*distill(*settings, preset="lm"), "--out", str(tmp_path / "run")]) == 0
+    assert (
+        type(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "cab" / "student")).__name__ == "Mamba2ForCausalLM"
+    )
+    assert rows_of(tmp_path / "run")["teacher"]["seconds"] is None
+
+
+def test_the_loss_is_that_of_the_configuration(tmp_path: Path) -> None:
+    from cab.language_run import LanguageRun
+    from cab.settings import resolve
+
+    settings = ["loss.divergence=jsd", "loss.beta=0.25", "loss.top_k=3", "loss.temperature=2", "loss.ce=0.5"]
+    run = LanguageRun(resolve("lm-local", settings=[*TINY, *settings]), tmp_path)
+    task = run.distillation_task(run.config, run.teacher_model())
+    assert task.divergence == Divergence("jsd", 0.25, 3)
+    assert task.weights == LossWeights(kd=1.0, ce=0.5, temperature=2.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["data.name=files"], "expected data.path, a file or folder with text, got none"),
+        (["data.name=files", "data.path=no"], "expected a file or folder with text, got no no"),
+        (["teacher.steps=0"], "expected teacher.name, or teacher.steps to train a teacher on the text, got neither"),
+        (
+            ["teacher.name=/no/where", "data.tokenizer=bytes"],
+            "expected teacher.name to be a causal language model by name",
+        ),
+        (
+            ["data.tokenizer=teacher"],
+            "expected data.tokenizer=bytes or a tokenizer's name without teacher.name, got 'teac",
+        ),
+        (["data.tokenizer=/no/where"], "expected a tokenizer by name or path, got '/no/where': "),
+        (["data.length=300"], "expected test text of at least data.length=300 tokens, got 200"),
+        (["student.name=mamba3"], "expected student.name to be one of mamba, mamba2, got 'mamba3'"),
+        (["student.name=mamba2", "student.head_dim=5"], "expected sizes of a mamba2 model, got: student.expand * stud"),
+        (["data.image_size=8"], "expected a known key, got 'data.image_size'"),
+    ],
+)
+def test_what_the_user_can_put_right(
+    settings: list[str], line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*distill(*settings), "--out", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith(f"cab distill: {line}")
+    assert not any("Traceback" in line for line in err)
+
+
+def test_a_sequence_longer_than_the_teachers_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make("gpt2", vocab_size=264, n_positions=12).save_pretrained(tmp_path / "teacher")
+    settings = (f"teacher.name={tmp_path / 'teacher'}", "teacher.steps=0")
+    assert main([*distill(*settings), "--out", str(tmp_path / "run")]) == 2
+    expected = f"expected data.length of at most 12, the positions of {tmp_path / 'teacher'}, got 16"
+    assert capsys.readouterr().err.splitlines()[-1] == f"cab distill: {expected}"
+    assert not (tmp_path / "run").exists()
