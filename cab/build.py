@@ -18,6 +18,7 @@ from cab.distill.schedule import AlignmentSchedule, Kind
 from cab.distill.targets import TargetKind
 from cab.distill.task import LossWeights
 from cab.distill.vision import VisionTask
+from cab.layer_map import layer_map
 from cab.refusal import refused
 from cab.students.student import ImageStudent
 from cab.teachers.timm import TimmTeacher
@@ -44,7 +45,7 @@ def teacher_model(config: VisionConfig, classes: int, weights: Path | None = Non
     model = _create(
         teacher.name,
         "teacher.name",
-        config.data.image_size,
+        teacher.image_size or config.data.image_size,
         {name: getattr(teacher, name) for name in _SHAPE_OF_TEACHER},
         pretrained=teacher.pretrained and own is None,
         **({"num_classes": classes} if new_head else {}),
@@ -57,6 +58,13 @@ def teacher_model(config: VisionConfig, classes: int, weights: Path | None = Non
             "give teacher.weights of your own, or teacher.steps to train a new head on the data first"
         )
     return model
+
+
+def student_options(config: VisionConfig) -> dict[str, Any]:
+    """What timm must be told to make a student of the same shape, beside its name and its classes."""
+    student = config.student
+    options = {name: getattr(student, name) for name in _SHAPE_OF_STUDENT}
+    return {"img_size": config.data.image_size, **{name: value for name, value in options.items() if value is not None}}
 
 
 def student_model(config: VisionConfig, classes: int) -> ImageStudent:
@@ -98,6 +106,7 @@ def distillation_task(config: VisionConfig, teacher: nn.Module | None, classes: 
                 hidden=config.bridge.hidden,
                 key_width=tapped.key_width,
                 query_width=tapped.query_width,
+                shared=config.bridge.shared,
             )
         return VisionTask(
             student,
@@ -106,6 +115,7 @@ def distillation_task(config: VisionConfig, teacher: nn.Module | None, classes: 
             weights=LossWeights(kd=loss.kl, ce=loss.ce, temperature=loss.temperature),
             schedule=AlignmentSchedule(cast(Kind, loss.schedule), loss.align, loss.until),
             targets=cast(TargetKind, config.bridge.targets),
+            layer_map=layer_map(config.bridge.layer_map, student.num_layers, tapped.num_layers) if tapped else None,
         )
 
 

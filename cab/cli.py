@@ -63,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_distill(commands)
     _add_eval(commands)
+    _add_report(commands)
+    _add_export(commands)
     _add_presets(commands)
     _add_subset(commands)
     for name, command in commands.choices.items():
@@ -76,11 +78,20 @@ def _add_distill(commands: argparse._SubParsersAction) -> None:
         "distill",
         help="train the arms of a run and compare them",
         description="Train one student for each arm, with the same teacher, data, order of data and steps, and end "
-        "with a table and learning curves. The values come from a preset, then --config, then --set.",
-        epilog="examples: cab distill | cab distill --preset vision --set data.root=imagenet --set data.fraction=0.1 | "
-        "cab distill --set arms=cab,ce --set optim.steps=600",
+        "with a table and learning curves. The values come from a preset, then --config, then the flags and --set.",
+        epilog="examples: cab distill | cab distill --preset imagenet-vim-tiny --teacher deit_tiny_patch16_224 --data "
+        "/data/imagenet --fraction 0.01 | cab distill --set arms=cab,ce --set optim.steps=600 | torchrun "
+        "--nproc-per-node 8 -m cab distill --preset imagenet-vim-tiny --data /data/imagenet",
     )
     parser.add_argument("--preset", metavar="NAME", help="where the values start from; default: digits")
+    parser.add_argument("--teacher", metavar="NAME", help="the same as --set teacher.name=NAME")
+    parser.add_argument("--student", metavar="NAME", help="the same as --set student.name=NAME")
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="your images (a folder with train/CLASS/*.jpg and val/CLASS/*.jpg) or text; default preset: vision",
+    )
+    parser.add_argument("--fraction", metavar="F", help="the same as --set data.fraction=F")
     parser.add_argument("--config", metavar="FILE", type=Path, help="YAML file with values; see --print-config")
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="one value, such as optim.lr=1e-3; repeatable"
@@ -101,8 +112,36 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
     parser.add_argument("--data", metavar="DIR", help="other images (a folder with train/ and val/) or another text")
+    parser.add_argument(
+        "--attention", metavar="FILE", type=Path, help="also draw the similarity of teacher's and students' attention"
+    )
     parser.add_argument("--length", metavar="N", type=int, help="of text: windows of N tokens, also longer than learnt")
     parser.set_defaults(command=_eval)
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="compare runs: a table and curves",
+        description="Print a table of all arms of some runs, as far as they have come, and draw their learning curves.",
+    )
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs")
+    parser.add_argument("--out", metavar="FILE", type=Path, default=Path("report.png"), help="default: report.png")
+    parser.set_defaults(command=_report)
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a student on its own",
+        description="Write the student of an arm, without bridges or optimiser, into a file that timm loads, and print "
+        "the line of Python that loads it (after 'import cab.students.vim').",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    parser.add_argument("file", metavar="FILE", type=Path, help=".pth for timm, .safetensors for safetensors")
+    parser.add_argument("--arm", metavar="NAME", help="which arm; needed where the run has several")
+    parser.add_argument("--to", choices=("timm", "safetensors"), default="safetensors", help="default: safetensors")
+    parser.set_defaults(command=_export)
 
 
 def _add_presets(commands: argparse._SubParsersAction) -> None:
@@ -126,37 +165,73 @@ def _add_subset(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(command=_subset)
 
 
+def _settings(options: argparse.Namespace) -> list[str]:
+    """The flags as settings, before those of --set, which win."""
+    flags = {"teacher.name": options.teacher, "student.name": options.student, "data.fraction": options.fraction}
+    return [f"{key}={value}" for key, value in flags.items() if value is not None] + options.set
+
+
 def _distill(options: argparse.Namespace) -> None:
-    if options.resume and (options.preset or options.config or options.set or options.out):
+    settings = _settings(options)
+    if options.resume and (options.preset or options.config or settings or options.data or options.out):
         raise UserError("expected --resume alone, since the run's own configuration holds; got other options beside it")
     if options.print_config:
-        print(to_yaml(resolve(options.preset, options.config, options.set)), end="")
+        print(to_yaml(resolve(options.preset, options.config, settings, options.data)), end="")
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"expected one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
     if options.resume:
         config, folder = of_run(options.resume), options.resume
     else:
-        config = resolve(options.preset, options.config, options.set)
+        config = resolve(options.preset, options.config, settings, options.data)
         folder = options.out or Path("runs") / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(
-                f"expected a new or empty folder for --out, got {folder}; --resume {folder} goes on with it"
-            )
+    _join(config.device)
+    from cab import processes
     from cab.run import distill
 
+    folder, taken = processes.agree(
+        (folder, not options.resume and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())))
+    )
+    if taken:
+        raise UserError(f"expected a new or empty folder for --out, got {folder}; --resume {folder} goes on with it")
     try:
         distill(config, folder, print)
+        processes.leave()
     except KeyboardInterrupt:
         print(f"\ninterrupted; cab distill --resume {folder} goes on", file=sys.stderr)
         raise SystemExit(130) from None
 
 
+def _join(device: str) -> None:
+    """Join the other processes where torchrun has started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch
+
+        from cab import processes
+
+        processes.start(int(os.environ["LOCAL_RANK"]), cpu=device == "cpu" or not torch.cuda.is_available())
+
+
 def _eval(options: argparse.Namespace) -> None:
     from cab.report import table
-    from cab.run import evaluate
+    from cab.run import compare_attention, evaluate
 
     print(table(*evaluate(options.run, options.data, options.length)))
+    if options.attention:
+        compare_attention(options.run, options.attention, options.data)
+        print(f"similarity of the attention: {options.attention}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from cab.report import table
+    from cab.run import report
+
+    print(table(*report(options.runs, options.out)))
+    print(f"learning curves: {options.out}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from cab.export import export
+
+    print(export(options.run, options.arm, options.to, options.file))
 
 
 def _presets(options: argparse.Namespace) -> None:

@@ -101,16 +101,41 @@ class DataConfig(Section):
 
     _prefix = "data."
 
-    name: str = _option("folder", "digits (scikit-learn's scans) or folder", choices=("digits", "folder"))
-    root: str | None = _option(None, "for folder: a folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
+    name: str = _option(
+        "folder",
+        "digits (scikit-learn's scans), folder, or a data set of timm's: torch/NAME (torchvision) or hfds/NAME",
+    )
+    root: str | None = _option(
+        None, "for folder: a folder with train/CLASS/*.jpg and val/CLASS/*.jpg; else where the data set lies"
+    )
     fraction: float = _option(1.0, "share of each class of the training split, for the student", above=0, at_most=1)
     index: str | None = _option(None, "index file written by 'cab subset'; takes the place of data.fraction")
     image_size: int = _option(224, "height and width of an image in pixels", at_least=1)
     augment: str = _option(
-        "crop", "none, crop (random crop and flip), or rand (RandAugment on top)", choices=("none", "crop", "rand")
+        "crop",
+        "none, crop (random crop and flip), or rand (data.policy, data.color_jitter and data.erasing on top)",
+        choices=("none", "crop", "rand"),
     )
+    policy: str | None = _option("rand-m9-mstd0.5-inc1", "for augment=rand: a policy of timm's, or none")
+    color_jitter: float = _option(0.3, "for augment=rand: strength, where data.policy is none", at_least=0)
+    erasing: float = _option(0.25, "for augment=rand: probability of random erasing", at_least=0, at_most=1)
+    repeats: int = _option(1, "repeated augmentation: times an image comes up in a row", at_least=1)
+    mixup: float = _option(0.0, "alpha of Mixup; 0 leaves it out", at_least=0)
+    cutmix: float = _option(0.0, "alpha of CutMix; 0 leaves it out", at_least=0)
+    smoothing: float = _option(0.0, "label smoothing, for the cross-entropy", at_least=0, at_most=0.99)
     workers: int = _option(4, "processes that load images; 0 loads in the training process", at_least=0)
     seed: int = _option(0, "draws the split of digits and the subset; the same for every arm", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        reader, slash, name = self.name.partition("/")
+        if reader in ("hfids", "tfds", "wds") and slash:
+            raise UserError(
+                f"expected data.name to be a data set whose images have an index (torch/NAME or hfds/NAME), got "
+                f"{self.name!r}, which streams them"
+            )
+        if self.name not in ("digits", "folder") and not (reader in ("torch", "hfds") and name):
+            raise UserError(f"expected data.name to be digits, folder, torch/NAME or hfds/NAME, got {self.name!r}")
 
 
 @dataclass(frozen=True)
@@ -122,6 +147,9 @@ class TeacherConfig(Section):
     name: str = _option("deit_tiny_patch16_224", "a timm model's name")
     pretrained: bool = _option(True, "start from timm's published weights")
     weights: str | None = _option(None, "a .safetensors file with the teacher's weights")
+    image_size: int | None = _option(
+        None, "the teacher is built for images of this size and gets them resized; none: data.image_size", at_least=1
+    )
     patch_size: int | None = _option(None, "the model's own where none", at_least=1)
     embed_dim: int | None = _option(None, "the model's own where none", at_least=1)
     depth: int | None = _option(None, "the model's own where none", at_least=1)
@@ -216,7 +244,12 @@ class BridgeConfig(Section):
     _prefix = "bridge."
 
     enabled: bool = _option(True, "align the student's B and C with the teacher's K and Q")
-    hidden: int = _option(128, "width of a bridge's hidden layer", at_least=1)
+    hidden: int = _option(128, "width of a bridge's hidden layer; 0 makes the bridges linear", at_least=0)
+    shared: bool = _option(False, "one bridge for B and one for C of a direction serve all layers")
+    layer_map: str = _option(
+        "proportional",
+        "proportional; last-K, the same over the teacher's last K layers; or the teacher layer of each layer: 0,0,1,3",
+    )
     targets: str = _option(
         "raw",
         "K and Q as they are (raw), each channel standardised, or through the published code's softmax",
@@ -260,19 +293,29 @@ class TokenLossConfig(LossConfig):
 
 @dataclass(frozen=True)
 class OptimConfig(Section):
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW with linear warm-up and cosine decay; averaged weights."""
 
     _prefix = "optim."
 
     steps: int = _option(20_000, "optimiser steps", at_least=1)
-    batch_size: int = _option(64, "images or sequences a forward pass on one device", at_least=1)
+    batch_size: int = _option(64, "images or sequences a forward pass, shared out among the processes", at_least=1)
     accumulation: int = _option(1, "forward passes a step", at_least=1)
     lr: float = _option(5e-4, "peak learning rate", above=0)
+    min_lr: float = _option(0.0, "learning rate at the end", at_least=0)
+    layer_decay: float = _option(
+        1.0, "learning rate of a layer over that of the layer above it; images only", above=0, at_most=1
+    )
     weight_decay: float = _option(
         0.05, "spares A_log, D, biases, norms, position embeddings and class tokens", at_least=0
     )
     warmup: float = _option(0.05, "share of the steps", at_least=0, at_most=1)
     clip: float = _option(1.0, "largest norm of the gradient; 0 does not clip", at_least=0)
+    ema: float = _option(
+        0.0,
+        "decay of averaged weights, which are then what is evaluated and kept; 0: none",
+        at_least=0,
+        at_most=0.999999,
+    )
 
 
 @dataclass(frozen=True)
@@ -287,6 +330,9 @@ class Config(Section):
         "auto", "auto (bfloat16 on a GPU), float32 or bfloat16", choices=("auto", "float32", "bfloat16")
     )
     graph: bool = _option(True, "on a GPU, replay forward and backward pass as one CUDA graph")
+    log_gradients: bool = _option(
+        False, "log norms and cosine of the gradients of the KL and of the alignment, 100 times a run"
+    )
     log_every: int = _option(50, "steps between two entries of the training losses", at_least=1)
     eval_every: int = _option(1000, "steps between two evaluations", at_least=1)
     save_every: int = _option(1000, "steps between two checkpoints", at_least=1)
@@ -300,6 +346,8 @@ class Config(Section):
             raise UserError("expected arms to name at least one arm, got none")
         for arm in self.arms:
             known_name(arm, ARMS, "arm")
+        if self.optim.min_lr > self.optim.lr:
+            raise UserError(f"expected optim.min_lr of at most optim.lr={self.optim.lr}, got {self.optim.min_lr}")
         if len(set(self.arms)) < len(self.arms):
             raise UserError(f"expected each arm once, got {', '.join(self.arms)}")
         aligned_to_the_end = self.bridge.enabled and self.loss.align and self.loss.schedule == "constant"
@@ -319,12 +367,13 @@ class VisionConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, patch_size in (("teacher", self.teacher.patch_size), ("student", self.student.patch_size)):
-            if patch_size and self.data.image_size % patch_size:
-                raise UserError(
-                    f"expected data.image_size to be a multiple of {key}.patch_size={patch_size}, "
-                    f"got {self.data.image_size}"
-                )
+        teacher_key = "teacher.image_size" if self.teacher.image_size else "data.image_size"
+        for key, size, patch_key, patch_size in (
+            (teacher_key, self.teacher.image_size or self.data.image_size, "teacher", self.teacher.patch_size),
+            ("data.image_size", self.data.image_size, "student", self.student.patch_size),
+        ):
+            if patch_size and size % patch_size:
+                raise UserError(f"expected {key} to be a multiple of {patch_key}.patch_size={patch_size}, got {size}")
         if self.data.name == "folder" and self.data.root is None:
             raise UserError("expected data.root, a folder with train/CLASS and val/CLASS, got none")
         if not (self.teacher.pretrained or self.teacher.weights or self.teacher.steps):
@@ -346,6 +395,8 @@ class LanguageConfig(Config):
             raise UserError("expected data.path, a file or folder with text, got none")
         if self.teacher.name is None and not self.teacher.steps:
             raise UserError("expected teacher.name, or teacher.steps to train a teacher on the text, got neither")
+        if self.optim.layer_decay != 1:
+            raise UserError(f"expected optim.layer_decay=1 for a language model, got {self.optim.layer_decay}")
         if self.data.tokenizer == "teacher" and self.teacher.name is None:
             raise UserError("expected data.tokenizer=bytes or a tokenizer's name without teacher.name, got 'teacher'")
 
@@ -384,6 +435,24 @@ ARMS: Mapping[str, Variant] = types.MappingProxyType(
     }
 )
 
+# A recipe for ImageNet-1k. The published learning rate is 5e-4 for 512 images a step, in proportion to the batch.
+_IMAGENET = {
+    "log_gradients": True,
+    "log_every": 100,
+    "eval_every": 10_000,
+    "save_every": 5_000,
+    "data.workers": 8,
+    "optim.steps": 600_000,
+    "optim.batch_size": 64,
+    "optim.lr": 5e-4 * 64 / 512,
+    "optim.min_lr": 1e-5,
+    "optim.warmup": 5 / 300,
+    "optim.clip": 0.0,
+}
+# DeiT's augmentation (arXiv:2012.12877, table 9), which the published code uses.
+_DEIT_AUGMENTATION = {"data.augment": "rand", "data.mixup": 0.8, "data.cutmix": 1.0, "data.smoothing": 0.1}
+_IMAGENET_EPOCH = 1_281_167  # training images
+
 PRESETS: Mapping[str, Variant] = types.MappingProxyType(
     {
         "digits": Variant(
@@ -416,6 +485,42 @@ PRESETS: Mapping[str, Variant] = types.MappingProxyType(
         ),
         "vision": Variant(
             "a folder of images, a pretrained timm ViT as teacher, Vim-Tiny at 224 x 224; needs data.root and a GPU", {}
+        ),
+        "imagenet-vim-tiny": Variant(
+            "the paper's low-data recipe: DeiT-Tiny teaches Vim-Tiny for 600,000 steps of 64 images, whatever the "
+            "fraction (3000, 600, 300 and 150 epochs of 1, 5, 10 and 20 %); needs data.root",
+            {**_IMAGENET, "data.fraction": 0.1},
+        ),
+        "imagenet-vim-small": Variant(
+            "the same for DeiT-Small and Vim-Small",
+            {
+                **_IMAGENET,
+                "data.fraction": 0.1,
+                "teacher.name": "deit_small_patch16_224",
+                "student.name": "vim_small_patch16_224",
+            },
+        ),
+        "imagenet-vim-tiny-full": Variant(
+            "the paper's recipe for all of the data: 300 epochs, aligned for the first 35 (for 50: loss.until=0.167)",
+            {
+                **_IMAGENET,
+                "optim.steps": 300 * _IMAGENET_EPOCH // 512,
+                "optim.batch_size": 512,
+                "optim.lr": 5e-4,
+                "loss.schedule": "until",
+                "loss.until": 35 / 300,
+            },
+        ),
+        "imagenet-vim-tiny-code": Variant(
+            "the published code's recipe: softmax targets of weight 3, DeiT's augmentation, averaged weights",
+            {
+                **_IMAGENET,
+                **_DEIT_AUGMENTATION,
+                "arms": ("cab-softmax",),
+                "data.fraction": 0.1,
+                "student.drop_path": 0.1,
+                "optim.ema": 0.99996,
+            },
         ),
         "lm-local": Variant(
             "Python's standard library as text, byte by byte; a small Llama trained on the spot teaches a small Mamba",

@@ -26,7 +26,7 @@ from cab.distill.schedule import AlignmentSchedule, Kind
 from cab.distill.targets import TargetKind
 from cab.distill.task import DistillationTask, LossWeights
 from cab.distill.token_losses import Divergence, DivergenceKind
-from cab.layer_map import proportional
+from cab.layer_map import layer_map, proportional
 from cab.refusal import refused
 from cab.report import PERPLEXITY
 from cab.run import Run
@@ -53,6 +53,9 @@ class LanguageRun(Run):
         self.vocab_size = -(-self.tokens.size // 8) * 8
         self.full = self.train = self.splits.train
         self.test = self.splits.test
+
+    def save_data(self) -> None:
+        pass  # the configuration says it all
 
     def describe(self) -> str:
         splits = self.splits
@@ -105,6 +108,7 @@ class LanguageRun(Run):
                     hidden=arm.bridge.hidden,
                     key_width=tapped.key_width,
                     query_width=tapped.query_width,
+                    shared=arm.bridge.shared,
                 )
             return LanguageTask(
                 student,
@@ -113,6 +117,7 @@ class LanguageRun(Run):
                 weights=LossWeights(kd=loss.kl, ce=loss.ce, temperature=loss.temperature),
                 schedule=AlignmentSchedule(cast(Kind, loss.schedule), loss.align, loss.until),
                 targets=cast(TargetKind, arm.bridge.targets),
+                layer_map=layer_map(arm.bridge.layer_map, student.num_layers, tapped.num_layers) if tapped else None,
                 divergence=Divergence(cast(DivergenceKind, loss.divergence), loss.beta, loss.top_k),
                 tokens=self.tokens.size,
             )

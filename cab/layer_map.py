@@ -3,6 +3,34 @@
 from __future__ import annotations
 
 
+def layer_map(text: str, student_layers: int, teacher_layers: int) -> list[int]:
+    """The map that a name or a list stands for.
+
+    Args:
+        text: "proportional"; "last-K", the same over the teacher's last K layers alone; or the teacher layer of each
+            student layer, "0,0,1,3", which never goes back.
+        student_layers, teacher_layers: their numbers.
+
+    Raises:
+        ValueError: the text is none of these, or does not fit the layers.
+    """
+    if text == "proportional":
+        return proportional(student_layers, teacher_layers)
+    prefix, _, count = text.partition("last-")
+    if not prefix and count.isdecimal() and 1 <= int(count) <= teacher_layers:
+        first = teacher_layers - int(count)
+        return [first + layer for layer in proportional(student_layers, int(count))]
+    parts = [part.strip() for part in text.split(",")]
+    listed = [int(part) for part in parts if part.isdecimal()]
+    fits = len(parts) == len(listed) == student_layers and all(layer < teacher_layers for layer in listed)
+    if not fits or listed != sorted(listed):
+        raise ValueError(
+            f"layer_map: expected proportional, last-1 to last-{teacher_layers}, or {student_layers} teacher layers "
+            f"from 0 to {teacher_layers - 1} that never go back, got {text!r}"
+        )
+    return listed
+
+
 def proportional(student_layers: int, teacher_layers: int) -> list[int]:
     """The paper's map for any two depths: student layer l learns from teacher layer floor(l * T / L), both from 0.
 

@@ -38,6 +38,7 @@ class Row(NamedTuple):
         alignment: the alignment loss on the test split.
         seconds: of training.
         samples_per_second: of training.
+        top5: of a classifier, the share of images whose class is among its five best guesses.
     """
 
     name: str
@@ -45,22 +46,22 @@ class Row(NamedTuple):
     alignment: float | None = None
     seconds: float | None = None
     samples_per_second: float | None = None
+    top5: float | None = None
 
 
 def table(measure: Measure, rows: Sequence[Row]) -> str:
-    """The rows as aligned text; '-' where an arm has no such figure."""
-    header = ("arm", measure.name, "alignment loss", "seconds", f"{measure.samples}/s")
-    lines = [header] + [
-        (
-            row.name,
-            format(row.score, measure.form),
-            _figure(row.alignment, ".4f"),
-            _figure(row.seconds, ".1f"),
-            _figure(row.samples_per_second, ",.0f"),
-        )
-        for row in rows
-    ]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    """The rows as aligned text; '-' where an arm has no such figure, and no column for what no arm has."""
+    columns = {
+        "arm": [row.name for row in rows],
+        measure.name: [format(row.score, measure.form) for row in rows],
+        "top-5": [_figure(row.top5, ".1%") for row in rows],
+        "alignment loss": [_figure(row.alignment, ".4f") for row in rows],
+        "seconds": [_figure(row.seconds, ".1f") for row in rows],
+        f"{measure.samples}/s": [_figure(row.samples_per_second, ",.0f") for row in rows],
+    }
+    shown = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    lines = [tuple(shown), *zip(*shown.values(), strict=True)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(shown))]
     return "\n".join(
         "  ".join(
             cell.ljust(width) if column == 0 else cell.rjust(width)
@@ -109,4 +110,18 @@ def plot(
     for axes in (score, loss):
         axes.grid(alpha=0.3)
     figure.suptitle(title)
+    figure.savefig(file, dpi=150)
+
+
+def plot_similarity(similarity: Mapping[str, Sequence[float]], file: Path) -> None:
+    """Draw, for each arm, how alike student's and teacher's attention are at each layer, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, values in similarity.items():
+        axes.plot(range(len(values)), values, marker=".", label=name)
+    axes.set(xlabel="student layer", ylabel="cosine similarity of the attention maps")
+    axes.grid(alpha=0.3)
+    axes.legend()
     figure.savefig(file, dpi=150)

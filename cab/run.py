@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,11 +20,15 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, default_collate
 
+import cab.processes as processes
+from cab.callbacks import METRICS, read_metrics
 from cab.config import LanguageConfig, RunConfig, UserError
 from cab.distill.task import DistillationTask
-from cab.report import Measure, Row, plot, table
+from cab.files import write_whole
+from cab.recipe import Batch
+from cab.report import ACCURACY, PERPLEXITY, Measure, Row, plot, plot_similarity, table
 from cab.settings import CONFIG, of_arm, of_run, to_yaml
-from cab.trainer import METRICS, TaskTrainer, read_metrics
+from cab.trainer import Outcome, TaskTrainer
 
 RESULT = "result.json"
 
@@ -37,7 +41,7 @@ def distill(config: RunConfig, folder: Path, say: Say) -> list[Row]:
     Args:
         config: of the run.
         folder: of the run, made here; a folder that holds files must hold this very run.
-        say: takes each line of the report.
+        say: takes each line of the report; where several processes share the run, in the first of them.
 
     Returns:
         The rows of the table that was reported.
@@ -59,6 +63,52 @@ def evaluate(folder: Path, data: str | None = None, length: int | None = None) -
     Raises:
         UserError: not the folder of a run, or no arm of it has ended; a length for a run on images.
     """
+    run = _run(_with_data(folder, data, length), folder)
+    return run.measure, run.evaluate()
+
+
+def report(folders: Sequence[Path], file: Path) -> tuple[Measure, list[Row]]:
+    """Draw the curves of all arms of some runs into one figure, and return a row for each that has ended.
+
+    Args:
+        folders: of the runs, on images all or on text all.
+        file: where the PNG goes.
+
+    Raises:
+        UserError: not the folder of a run, runs of different kinds, or nothing trained yet.
+    """
+    configs = [of_run(folder) for folder in folders]
+    if len({type(config) for config in configs}) > 1:
+        raise UserError("expected runs on images, or runs on text, got both")
+    measure = PERPLEXITY if isinstance(configs[0], LanguageConfig) else ACCURACY
+    metrics, rows = {}, []
+    for folder, config in zip(folders, configs, strict=True):
+        prefix = f"{folder.name}/" if len(folders) > 1 else ""
+        for name in ("teacher", *config.arms):
+            entries = read_metrics(folder / name / METRICS)
+            if entries and name != "teacher":
+                metrics[prefix + name] = entries
+            if (folder / name / RESULT).is_file():
+                row = Row(**json.loads((folder / name / RESULT).read_text()))
+                rows.append(row._replace(name=prefix + name))
+    if not metrics:
+        raise UserError(f"expected a run with metrics, got none in {', '.join(map(str, folders))}")
+    levels = {row.score for row in rows if row.name.rpartition("/")[2] == "teacher"}
+    plot(measure, metrics, levels.pop() if len(levels) == 1 else None, ", ".join(f.name for f in folders), file)
+    return measure, rows
+
+
+def compare_attention(folder: Path, file: Path, data: str | None = None, images: int = 256) -> None:
+    """Draw how alike the attention of teacher and students are, layer by layer, on the first images of the test split.
+
+    Raises:
+        UserError: not the folder of a run on images, or no arm of it has ended.
+    """
+    run = _run(_with_data(folder, data), folder)
+    plot_similarity(run.attention_similarity(images), file)
+
+
+def _with_data(folder: Path, data: str | None, length: int | None = None) -> RunConfig:
     config: Any = of_run(folder)
     on_text = isinstance(config, LanguageConfig)
     if length is not None and not on_text:
@@ -67,9 +117,7 @@ def evaluate(folder: Path, data: str | None = None, length: int | None = None) -
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if on_text and data is not None:
         changes["name"] = "files"
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
-    run = _run(config, folder)
-    return run.measure, run.evaluate()
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
 
 
 def _run(config: RunConfig, folder: Path) -> Run:
@@ -99,20 +147,27 @@ class Run(ABC):
         full: the whole training split, for a teacher that is trained on the spot.
         train: the student's part of it.
         test: what is evaluated.
+        mix: makes the batch that is trained on from one that was loaded; None where that is the same.
     """
 
     measure: ClassVar[Measure]
     full: Dataset[Any]
     train: Dataset[Any]
     test: Dataset[Any]
+    mix: Callable[[Batch], Batch] | None = None
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config = config
         self.folder = folder
+        self.writes = processes.rank() == 0
 
     @abstractmethod
     def describe(self) -> str:
-        """A line about the data; what must be kept of them is written to the folder."""
+        """A line about the data."""
+
+    @abstractmethod
+    def save_data(self) -> None:
+        """Write to the folder what must be kept of the data."""
 
     @abstractmethod
     def teacher_model(self, trained: bool = False) -> nn.Module:
@@ -138,12 +193,19 @@ class Run(ABC):
     def load_student(self, arm: Any, folder: Path) -> nn.Module | None:
         """What :meth:`save_student` has kept, None where the arm has not ended."""
 
+    def attention_similarity(self, images: int) -> dict[str, list[float]]:
+        """Of every arm that has ended, the similarity of each layer's attention with its teacher layer's."""
+        raise UserError(f"expected a run on images for the attention's similarity, got {self.folder}")
+
     def distill(self, say: Say) -> list[Row]:
         arms = {name: of_arm(self.config, name) for name in self.config.arms}
         self._check(arms)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / CONFIG).write_text(to_yaml(self.config))
-        say(self.describe())
+        processes.wait()  # until none of them looks for what the first is about to write
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / CONFIG, to_yaml(self.config))
+            self.save_data()
+            say(self.describe())
         rows = []
         teacher = None
         if any(map(needs_teacher, arms.values())):
@@ -151,7 +213,8 @@ class Run(ABC):
             rows.append(row)
         for name, arm in arms.items():
             rows.append(self._arm(name, arm, teacher))
-        self._report(rows, say)
+        if self.writes:
+            self._report(rows, say)
         return rows
 
     def evaluate(self) -> list[Row]:
@@ -159,7 +222,7 @@ class Run(ABC):
         for name in self.config.arms:
             student = self.load_student(of_arm(self.config, name), self.folder / name)
             if student is not None:
-                rows.append(Row(name, self._measured(student, self.folder / name)))
+                rows.append(self._measured(name, student, self.folder / name))
         if not rows:
             raise UserError(
                 f"expected a trained student in {self.folder}, got none; cab distill --resume {self.folder} goes on"
@@ -184,13 +247,16 @@ class Run(ABC):
         if config.teacher.steps:
             optim = dataclasses.replace(config.optim, steps=config.teacher.steps, lr=config.teacher.lr)
             plan = dataclasses.replace(config, optim=optim)
-            trainer = TaskTrainer(self.supervised_task(model), plan, folder, self.full, self.test, "teacher")
+            task = self.supervised_task(model)
+            trainer = TaskTrainer(task, plan, folder, self.full, self.test, "teacher", self.mix)
             outcome = trainer.run(resume=True)
-            self.save_teacher(model.cpu())
-            row = Row("teacher", outcome.test[self.measure.name], None, outcome.seconds, outcome.samples_per_second)
+            model.cpu()
+            if self.writes:
+                self.save_teacher(model)
+            row = self._row("teacher", outcome)
         else:
-            row = Row("teacher", self._measured(model, folder))
-        (folder / RESULT).write_text(json.dumps(row._asdict()) + "\n")
+            row = self._measured("teacher", model, folder)
+        self._keep(row, folder)
         return row, model
 
     def _arm(self, name: str, config: RunConfig, teacher: nn.Module | None) -> Row:
@@ -198,17 +264,29 @@ class Run(ABC):
         if (folder / RESULT).is_file():
             return Row(**json.loads((folder / RESULT).read_text()))
         task = self.distillation_task(config, teacher if needs_teacher(config) else None)
-        outcome = TaskTrainer(task, config, folder, self.train, self.test, name).run(resume=True)
+        outcome = TaskTrainer(task, config, folder, self.train, self.test, name, self.mix).run(resume=True)
         task.cpu()
-        self.save_student(task, folder)
-        score, align = outcome.test[self.measure.name], outcome.test.get("align")
-        row = Row(name, score, align, outcome.seconds, outcome.samples_per_second)
-        (folder / RESULT).write_text(json.dumps(row._asdict()) + "\n")
+        if self.writes:
+            self.save_student(task, folder)
+        row = self._row(name, outcome)
+        self._keep(row, folder)
         return row
 
-    def _measured(self, model: nn.Module, folder: Path) -> float:
+    def _keep(self, row: Row, folder: Path) -> None:
+        """Write down what an ended training came to: from here on it is not done again."""
+        if self.writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / RESULT, json.dumps(row._asdict()) + "\n")
+
+    def _row(self, name: str, outcome: Outcome) -> Row:
+        test = outcome.test
+        figures = test[self.measure.name], test.get("align"), outcome.seconds, outcome.samples_per_second
+        return Row(name, *figures, test.get("top5"))
+
+    def _measured(self, name: str, model: nn.Module, folder: Path) -> Row:
         trainer = TaskTrainer(self.supervised_task(model), self.config, folder, self.train, self.test)
-        return trainer.evaluate()[f"eval_{self.measure.name}"]
+        test = trainer.evaluate()
+        return Row(name, test[f"eval_{self.measure.name}"], top5=test.get("eval_top5"))
 
     def _report(self, rows: list[Row], say: Say) -> None:
         config, scores = self.config, {row.name: row.score for row in rows}
@@ -217,7 +295,7 @@ class Run(ABC):
             "rows": [row._asdict() for row in rows],
             "environment": _environment(),
         }
-        (self.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_whole(self.folder / "results.json", json.dumps(results, indent=1) + "\n")
         metrics = {name: read_metrics(self.folder / name / METRICS) for name in config.arms}
         title = f"{config.preset}: {config.student.name} taught by {config.teacher.name}"
         plot(self.measure, metrics, scores.get("teacher"), title, self.folder / "curves.png")

@@ -11,26 +11,41 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cab.config import ARMS, PRESETS, Config, RunConfig, Section, UserError, all_text, describe, known_name, nearest
+from cab.config import (
+    ARMS,
+    PRESETS,
+    Config,
+    LanguageConfig,
+    RunConfig,
+    Section,
+    UserError,
+    all_text,
+    describe,
+    known_name,
+    nearest,
+)
 
 AnyConfig = typing.TypeVar("AnyConfig", bound=Config)
 
 CONFIG = "config.yaml"  # the configuration in the folder of a run
 
 
-def resolve(preset: str | None = None, file: Path | None = None, settings: Iterable[str] = ()) -> RunConfig:
+def resolve(
+    preset: str | None = None, file: Path | None = None, settings: Iterable[str] = (), data: str | None = None
+) -> RunConfig:
     """Merge a preset, a YAML file and ``key=value`` settings, the later over the earlier, into a checked Config.
 
-    The preset is the one named, else the file's own ``preset`` key, else ``digits``.
+    The preset is the one named, else the file's own ``preset`` key, else ``vision`` where there are ``data``, else
+    ``digits``. ``data`` are the images or the text, as if the first of the settings named them.
 
     Raises:
         UserError: an unknown preset, arm or key, a value of the wrong type or range, a file that is not a mapping.
     """
     of_file = read(file) if file else {}
-    preset = preset or of_file.get("preset") or "digits"
+    preset = preset or of_file.get("preset") or ("digits" if data is None else "vision")
     known_name(preset, PRESETS, "preset")
-    of_user = dict(map(_setting, settings))
     kind = PRESETS[preset].kind
+    of_user = {**_source(kind, data), **dict(map(_setting, settings))}
     config: RunConfig = _build(kind, {**PRESETS[preset].overrides, **of_file, **of_user, "preset": preset})
     for arm in config.arms:
         of_arm(config, arm)  # refuses an arm that nothing is left to learn for
@@ -111,6 +126,16 @@ def _flat(nested: Mapping[Any, Any], prefix: str = "") -> Iterable[tuple[str, An
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def _source(kind: type[Config], data: str | None) -> dict[str, str]:
+    if data is None:
+        return {}
+    return (
+        {"data.name": "files", "data.path": data}
+        if kind is LanguageConfig
+        else {"data.name": "folder", "data.root": data}
+    )
 
 
 def _setting(text: str) -> tuple[str, Any]:

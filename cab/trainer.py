@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
+import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, cast
+from typing import Any, NamedTuple, cast
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, default_collate
-from tqdm import tqdm
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+import cab.processes as processes
+from cab.callbacks import LAYERS, MEASURES, METRICS, TERMS, Events, MetricsFile, Progress
 from cab.config import RunConfig, UserError
-from cab.data.order import RunOrder
+from cab.data.order import ByTurn, RunOrder
+from cab.distill.agreement import AdaptiveTrust, GradientAgreement
 from cab.distill.task import DistillationTask
+from cab.files import settle
 from cab.graphed import GraphedStep
+from cab.recipe import AveragedWeights, Batch, layer_decay_groups
 
-METRICS = "metrics.jsonl"
 WEIGHTS = "model.safetensors"
-TERMS = ("kl", "ce", "align")  # of the loss, each where the task computes it
-MEASURES = ("loss", "accuracy", "perplexity", *TERMS)
+AVERAGED = "averaged.safetensors"
+UNFINISHED = "unfinished"  # holds a checkpoint while it is written
+NAMED_SAMPLES = 16  # of a batch, in an error
 
 
 class Outcome(NamedTuple):
@@ -50,8 +53,10 @@ class TaskTrainer(Trainer):
     """Trains a task: a module whose forward returns its loss, its logits and the terms of the loss.
 
     Adds to ``Trainer``: decay groups that spare what decay would spoil, the alignment's schedule, every loss term in
-    the logs without a synchronisation a step, an order of the data that lasts the whole run, checkpoints without
-    pickled arguments that load strictly, and a ``metrics.jsonl`` that a resumed run continues.
+    the logs without a synchronisation a step, an order of the data that lasts the whole run, samples that depend on
+    their turn alone, averaged weights, checkpoints that are whole or not there, hold no pickled arguments and load
+    strictly, and a ``metrics.jsonl`` that a resumed run continues. Several processes share every batch: the run is the
+    same as that of one process.
 
     Args:
         task: what is trained.
@@ -59,33 +64,53 @@ class TaskTrainer(Trainer):
         folder: where metrics, events and checkpoints go.
         train, test: data sets of what the task's forward takes, by name.
         name: what the progress bar calls this training.
+        mix: makes the batch that is trained on from one that was loaded.
+
+    Raises:
+        UserError: the batch cannot be shared out among the processes, or there is no such device.
     """
 
     loss_is_scaled_for_ga = False  # the task's loss is a mean over its batch: Trainer divides by the accumulation
 
     def __init__(
-        self, task: DistillationTask, config: RunConfig, folder: Path, train: Dataset, test: Dataset, name: str = ""
+        self,
+        task: DistillationTask,
+        config: RunConfig,
+        folder: Path,
+        train: Dataset,
+        test: Dataset,
+        name: str = "",
+        mix: Callable[[Batch], Batch] | None = None,
     ) -> None:
+        self.config = config
+        self.mix = mix
         self.metrics = MetricsFile(folder / METRICS)
         self._sums: dict[str, Tensor] = {}
         self._passes = 0
         self._compared_at = -1
+        self._agreement: GradientAgreement | None = None
+        self._first_bad: Tensor | None = None  # the step of the first loss that was no number, -1 before
+        self._logged = (0, 0.0)  # step and seconds
         super().__init__(
             model=task,
-            args=_arguments(config, folder),
+            args=_arguments(config, folder, task.bridges is not None),
             data_collator=default_collate,
-            train_dataset=train,
+            train_dataset=ByTurn(train, config.seed),
             eval_dataset=test,
             compute_metrics=self._summarise,
             callbacks=[
                 _Advance(),
                 _LogBeforeSave(),
                 self.metrics,
-                _Progress(name, sys.stderr),
-                _Events(folder / "tensorboard"),
+                Progress(name, sys.stderr),
+                Events(folder / "tensorboard"),
             ],
         )
         self.remove_callback(PrinterCallback)
+        set_seed(self.args.seed + processes.rank())  # each process drops and mixes in its own way
+        self.averaged = AveragedWeights(task, config.optim.ema) if config.optim.ema else None
+        if self.averaged:
+            self.add_callback(_Average(self.averaged))
         self.graphed: Callable[..., dict[str, Tensor]] | None = None
         if config.graph and self.args.device.type == "cuda":
             dtype = torch.bfloat16 if self.args.bf16 else torch.float32
@@ -93,9 +118,12 @@ class TaskTrainer(Trainer):
 
     def run(self, resume: bool = False) -> Outcome:
         """Train, from the folder's last checkpoint where ``resume`` and there is one, and report."""
-        checkpoint = get_last_checkpoint(self.args.output_dir) if resume else None
+        folder = Path(str(self.args.output_dir))
+        checkpoint = processes.agree(get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None)
         self.args.eval_on_start = checkpoint is None
         self.train(resume_from_checkpoint=checkpoint)
+        if self.averaged:
+            self.averaged.keep()
         test = self.metrics.last("test")
         seconds = test["seconds"]
         samples = self.state.global_step * self.args.train_batch_size * self.args.gradient_accumulation_steps
@@ -108,16 +136,33 @@ class TaskTrainer(Trainer):
         spared = model.no_weight_decay()
         return [name for name, parameter in model.named_parameters() if parameter.dim() > 1 and name not in spared]
 
+    optimizer: torch.optim.Optimizer | None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optim = self.config.optim
+        if self.optimizer is None and optim.layer_decay < 1:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = layer_decay_groups(cast(Any, self.model), optim.lr, optim.weight_decay, optim.layer_decay)
+            self.optimizer = kind(groups, **options)
+        return super().create_optimizer(model)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         model.train()  # the step before may have ended in an evaluation
         inputs = self._prepare_inputs(inputs)
+        if self.mix is not None:
+            inputs = self.mix(inputs)
         self._compare_gradients(inputs)
         if self.graphed is None:
             return super().training_step(model, inputs, num_items_in_batch)
         outputs = self.graphed(**inputs)
         self._count(outputs)
+        if self.accelerator.sync_gradients:  # the graph goes past DDP
+            held = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+            means = processes.average([cast(Tensor, parameter.grad) for parameter in held])
+            for parameter, gradient in zip(held, means, strict=True):
+                parameter.grad = gradient
         return outputs["loss"] / self.args.gradient_accumulation_steps
 
     def compute_loss(
@@ -132,21 +177,28 @@ class TaskTrainer(Trainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _compare_gradients(self, inputs: dict[str, Tensor]) -> None:
-        """Feed an adaptive schedule, once a step however many batches accumulate in it."""
-        trust, step = self.model.trust, self.state.global_step
-        if trust is None or step == self._compared_at or not trust.is_due(step, self.state.max_steps):
+        """For an adaptive schedule or the logs, once a step however many batches accumulate in it."""
+        task, step = cast(Any, self.model), self.state.global_step
+        logged = self.config.log_gradients and task.bridges is not None and task.weights.kd and task.alignment_weight
+        wanted = task.trust is not None or logged
+        if not wanted or step == self._compared_at or not AdaptiveTrust.is_due(step, self.state.max_steps):
             return
         self._compared_at = step
-        with self.accelerator.autocast():
-            agreement = self.model.compare_gradients(**inputs)
-        trust.observe(agreement.cosine)
+        with self.accelerator.autocast(), _unchanged(task):
+            self._agreement = task.compare_gradients(**inputs)
+        if task.trust is not None:
+            task.trust.observe(self._agreement.cosine)
 
     def _count(self, outputs: dict[str, Tensor]) -> None:
         """Add up the terms where they are; they are read when something is logged."""
-        for name in TERMS:
+        for name in (*TERMS, "align_layers"):
             if name in outputs:
                 self._sums[name] = self._sums.get(name, 0) + outputs[name].detach().float()
         self._passes += 1
+        loss = outputs["loss"].detach()
+        before = torch.full_like(loss, -1.0) if self._first_bad is None else self._first_bad
+        step = float(self.state.global_step + 1)
+        self._first_bad = torch.where((before < 0) & ~loss.isfinite(), step, before)
 
     def prediction_step(
         self,
@@ -169,87 +221,93 @@ class TaskTrainer(Trainer):
         return cast(Any, self.model).summary(means)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self.metrics.paused():
+        with self.metrics.paused(), self.averaged.in_place() if self.averaged else nullcontext():
             return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "learning_rate" in logs and self._passes:
-            logs |= {name: total.item() / self._passes for name, total in self._sums.items()}
-            if self.model.bridges is not None:
-                logs["align_weight"] = self.model.alignment_weight
-            self._sums, self._passes = {}, 0
+            self._refuse_what_is_no_number(logs)
+            logs |= self._collected()
         super().log(logs, start_time)
 
+    def _collected(self) -> dict[str, float]:
+        """What was counted since the last entry, as means."""
+        found: dict[str, Any] = {
+            name: processes.mean(total / self._passes).tolist() for name, total in self._sums.items()
+        }
+        layers = found.pop("align_layers", [])
+        means: dict[str, float] = {**found, **{f"{LAYERS}{layer:02d}": value for layer, value in enumerate(layers)}}
+        if cast(Any, self.model).bridges is not None:
+            means["align_weight"] = cast(Any, self.model).alignment_weight
+        if self._agreement is not None:
+            names = ("grad_kl", "grad_align", "grad_cosine")
+            means |= {name: value.item() for name, value in zip(names, self._agreement, strict=True)}
+        step, seconds = self.state.global_step, self.metrics.seconds()
+        if seconds > self._logged[1]:
+            means["samples_per_second"] = (step - self._logged[0]) * self._samples_a_step / (seconds - self._logged[1])
+        self._sums, self._passes, self._agreement, self._logged = {}, 0, None, (step, seconds)
+        return means
+
+    def _refuse_what_is_no_number(self, logs: dict[str, float]) -> None:
+        if math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0)):
+            return
+        bad = [int(step) for step in self.accelerator.gather(self._first_bad).flatten().tolist() if step > 0]
+        step = min(bad, default=self.state.global_step)
+        what = ("loss", logs["loss"]) if bad else ("gradient", logs.get("grad_norm"))
+        samples = self._order().batch((step - 1) * self._samples_a_step, step * self._samples_a_step)
+        named = ", ".join(map(str, samples[:NAMED_SAMPLES])) + (", ..." if len(samples) > NAMED_SAMPLES else "")
+        good = get_last_checkpoint(str(self.args.output_dir))
+        raise UserError(
+            f"expected a finite {what[0]}, got {what[1]} at step {step}, which trained on samples {named}; "
+            f"{f'the last good checkpoint is {good}' if good else 'there is no checkpoint yet'}; "
+            "a lower optim.lr may help"
+        )
+
+    @property
+    def _samples_a_step(self) -> int:
+        args = self.args
+        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    def _order(self) -> RunOrder:
+        turns, length = len(cast(Sized, self.train_dataset)), self.args.max_steps * self._samples_a_step
+        return RunOrder(turns, length, self.args.seed, getattr(self.config.data, "repeats", 1))
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        samples = self.args.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return RunOrder(len(cast(Sized, dataset)), samples * self.args.world_size, self.args.seed)
+        return self._order()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint elsewhere and move it to its place when it is whole; then delete the one before it."""
+        folder = Path(str(self.args.output_dir))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # of a process that was killed
+        processes.wait()
+        self.args.output_dir = str(folder / UNFINISHED)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = str(folder)
+        processes.wait()
+        if self.args.should_save:
+            settle(folder / UNFINISHED / name)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.replace(folder / UNFINISHED / name, folder / name)
+            for old in {*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), folder / UNFINISHED} - {folder / name}:
+                shutil.rmtree(old)
+        processes.wait()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_model(self.model, str(folder / WEIGHTS))  # embeddings may be tied to the head
+        if self.averaged:
+            safetensors.torch.save_model(self.averaged.module, str(folder / AVERAGED))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        safetensors.torch.load_model(self.model if model is None else model, Path(resume_from_checkpoint) / WEIGHTS)
-
-
-class MetricsFile(TrainerCallback):
-    """Writes what is logged as JSON lines, each with its step, its split and the seconds of training so far.
-
-    A resumed run drops the entries behind its checkpoint, and its seconds go on from the last entry that it keeps.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.entries: list[dict[str, Any]] = []
-        self._started: float | None = None
-        self._paused_at: float | None = None
-
-    def last(self, split: str) -> dict[str, Any]:
-        """The latest entry of "train" or "test"."""
-        return next(entry for entry in reversed(self.entries) if entry["split"] == split)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """The clock stands still inside."""
-        self._paused_at = _now()
-        yield
-        if self._started is not None:
-            self._started += _now() - self._paused_at
-        self._paused_at = None
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        before = [] if args.eval_on_start else read_metrics(self.file)
-        self.entries = [entry for entry in before if entry["step"] <= state.global_step]
-        self.file.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
-        self._started = _now() - (self.entries[-1]["seconds"] if self.entries else 0.0)
-
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        if self._started is None or "train_runtime" in logs:
-            return
-        split = "test" if "eval_loss" in logs else "train"
-        named = {name.removeprefix("eval_"): value for name, value in logs.items()}
-        if not math.isfinite(named["loss"]):
-            # A checkpoint is written after its step was logged: the last one is still good.
-            last = get_last_checkpoint(str(args.output_dir))
-            good = f"; the last checkpoint before is {last}" if last else ""
-            raise UserError(
-                f"expected a finite loss, got {named['loss']} at step {state.global_step}; "
-                f"a lower optim.lr may help{good}"
-            )
-        kept = {
-            name: named[name] for name in (*MEASURES, "align_weight", "learning_rate", "grad_norm") if name in named
-        }
-        seconds = (self._paused_at or _now()) - self._started
-        self.entries.append({"step": state.global_step, "split": split, "seconds": round(seconds, 3), **kept})
-        with self.file.open("a") as lines:
-            lines.write(json.dumps(self.entries[-1]) + "\n")
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The entries of a ``metrics.jsonl``; none where there is no file."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        folder = Path(resume_from_checkpoint)
+        safetensors.torch.load_model(self.model if model is None else model, folder / WEIGHTS)
+        if self.averaged:
+            safetensors.torch.load_model(self.averaged.module, folder / AVERAGED)
 
 
 class _Advance(TrainerCallback):
@@ -259,6 +317,16 @@ class _Advance(TrainerCallback):
         kwargs["model"].advance(state.global_step, state.max_steps)
 
 
+class _Average(TrainerCallback):
+    """Keeps the averaged weights."""
+
+    def __init__(self, averaged: AveragedWeights) -> None:
+        self.averaged = averaged
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.averaged.update(state.global_step)
+
+
 class _LogBeforeSave(TrainerCallback):
     """Logs before every checkpoint, so that no part of a mean is lost in it."""
 
@@ -266,63 +334,26 @@ class _LogBeforeSave(TrainerCallback):
         control.should_log |= control.should_save
 
 
-class _Events(TensorBoardCallback):
-    """TensorBoard events in a folder of our choice."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.logging_dir = str(folder)
-
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        # Trainer's epoch counts runs here, not passes over the data.
-        super().on_log(args, state, control, {name: logs[name] for name in logs if name != "epoch"}, **kwargs)
-
-
-class _Progress(TrainerCallback):
-    """A progress bar on a terminal; a line for each evaluation where the output is a file or a pipe."""
-
-    def __init__(self, name: str, stream: TextIO) -> None:
-        self.name = name
-        self.stream = stream
-        self.bar: tqdm | None = None
-        self.shown: dict[str, str] = {}
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(
-            desc=self.name,
-            total=state.max_steps,
-            initial=state.global_step,
-            unit="step",
-            file=self.stream,
-            disable=not self.stream.isatty(),
-            dynamic_ncols=True,
-        )
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update()
-
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        if self.bar is None:
-            return
-        if "loss" in logs:
-            self.shown["loss"] = f"{logs['loss']:.4g}"
-        if "eval_accuracy" in logs:
-            self.shown["accuracy"] = f"{logs['eval_accuracy']:.1%}"
-        if "eval_perplexity" in logs:
-            self.shown["perplexity"] = f"{logs['eval_perplexity']:.2f}"
-        self.bar.set_postfix(self.shown)
-        if self.bar.disable and "eval_loss" in logs:
-            shown = ", ".join(f"{name} {value}" for name, value in self.shown.items())
-            print(f"{self.name}: step {state.global_step}/{state.max_steps}, {shown}", file=self.stream, flush=True)
-
-    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+@contextmanager
+def _unchanged(task: DistillationTask) -> Iterator[None]:
+    """What is only measured inside leaves the task's buffers and the random numbers as they are."""
+    kept = {name: value.clone() for name, value in task.named_buffers()}
+    device = next(task.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    for name, value in task.named_buffers():
+        value.copy_(kept[name])
 
 
-def _arguments(config: RunConfig, folder: Path) -> TrainingArguments:
+def _share(batch: int) -> int:
+    """Of a batch, what each process takes."""
+    share, rest = divmod(batch, processes.count())
+    if rest:
+        raise UserError(f"expected optim.batch_size to be a multiple of the {processes.count()} processes, got {batch}")
+    return share
+
+
+def _arguments(config: RunConfig, folder: Path, bridged: bool) -> TrainingArguments:
     workers = config.data.workers
     cuda = torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
@@ -335,24 +366,26 @@ def _arguments(config: RunConfig, folder: Path) -> TrainingArguments:
         bf16={"auto": automatic, "float32": False, "bfloat16": True}[config.precision],
         seed=config.seed,
         max_steps=config.optim.steps,
-        per_device_train_batch_size=config.optim.batch_size,
-        per_device_eval_batch_size=config.optim.batch_size,
+        per_device_train_batch_size=_share(config.optim.batch_size),
+        per_device_eval_batch_size=_share(config.optim.batch_size),
         gradient_accumulation_steps=config.optim.accumulation,
         learning_rate=config.optim.lr,
         weight_decay=config.optim.weight_decay,
         warmup_steps=math.ceil(config.optim.warmup * config.optim.steps),
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": config.optim.min_lr},
         max_grad_norm=config.optim.clip,
         logging_steps=config.log_every,
         eval_strategy="steps",
         eval_steps=config.eval_every,
         save_steps=config.save_every,
-        save_total_limit=1,
         dataloader_num_workers=workers,
         dataloader_persistent_workers=workers > 0,
         dataloader_pin_memory=on_gpu,
-        # DDP must not wait for the bridges' gradients once their weight has become 0.
-        ddp_find_unused_parameters=config.bridge.enabled and config.loss.schedule != "constant",
+        ddp_backend="gloo" if processes.count() > 1 and not on_gpu else None,
+        # DDP must not wait for the gradients of bridges whose weight is 0, or of a head that only the alignment trains.
+        ddp_find_unused_parameters=not (config.loss.kl or config.loss.ce)
+        or (bridged and (config.loss.schedule != "constant" or not config.loss.align)),
         remove_unused_columns=False,
         logging_nan_inf_filter=False,  # it would synchronise each step, and hide what it filters
         report_to="none",
@@ -362,9 +395,3 @@ def _arguments(config: RunConfig, folder: Path) -> TrainingArguments:
     arguments.device  # noqa: B018  settles the number of GPUs, which is then one a process: no DataParallel
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import safetensors.torch
+import torch
 from torch import nn
+from torch.utils.data import DataLoader, Subset
 
 from cab.build import distillation_task, student_model, supervised_task, teacher_model
-from cab.config import VisionConfig
+from cab.config import UserError, VisionConfig
 from cab.data.subset import write_index
 from cab.data.vision import load
+from cab.distill.similarity import attention_similarity
 from cab.distill.task import DistillationTask
+from cab.distill.vision import VisionTask
+from cab.files import save_whole
+from cab.layer_map import layer_map
+from cab.recipe import mixing
 from cab.report import ACCURACY
 from cab.run import Run
+from cab.settings import of_arm
+from cab.students.student import ImageStudent
+from cab.teachers.timm import TimmTeacher
 
 STUDENT = "student.safetensors"
 TEACHER = "teacher.safetensors"
@@ -30,17 +41,21 @@ class VisionRun(Run):
         self.splits = load(config.data)
         self.classes = len(self.splits.classes)
         self.full, self.train, self.test = self.splits.full, self.splits.train, self.splits.test
+        self.mix = mixing(config.data, self.classes)
+
+    def save_data(self) -> None:
+        splits = self.splits
+        write_index(self.folder / "index.json", splits.names, splits.labels, splits.classes, splits.chosen)
 
     def describe(self) -> str:
         splits = self.splits
-        write_index(self.folder / "index.json", splits.names, splits.labels, splits.classes, splits.chosen)
         return f"student sees {len(splits.chosen)} of {len(splits.names)} training images, tested on {len(splits.test)}"
 
     def teacher_model(self, trained: bool = False) -> nn.Module:
         return teacher_model(self.config, self.classes, self.folder / TEACHER if trained else None)
 
     def save_teacher(self, model: nn.Module) -> None:
-        safetensors.torch.save_file(model.state_dict(), self.folder / TEACHER)
+        save_whole(self.folder / TEACHER, lambda file: safetensors.torch.save_file(model.state_dict(), file))
 
     def distillation_task(self, arm: VisionConfig, teacher: nn.Module | None) -> DistillationTask:
         return distillation_task(arm, teacher, self.classes)
@@ -49,7 +64,7 @@ class VisionRun(Run):
         return supervised_task(model)
 
     def save_student(self, task: DistillationTask, folder: Path) -> None:
-        safetensors.torch.save_file(task.student.state_dict(), folder / STUDENT)
+        save_whole(folder / STUDENT, lambda file: safetensors.torch.save_file(task.student.state_dict(), file))
 
     def load_student(self, arm: VisionConfig, folder: Path) -> nn.Module | None:
         if not (folder / STUDENT).is_file():
@@ -57,3 +72,27 @@ class VisionRun(Run):
         student = student_model(arm, self.classes)
         student.load_state_dict(safetensors.torch.load_file(folder / STUDENT))
         return student
+
+    def attention_similarity(self, images: int) -> dict[str, list[float]]:
+        trained = (self.folder / TEACHER).is_file()
+        batches = DataLoader(Subset(self.test, range(min(images, len(self.splits.test)))), batch_size=32)
+        found = {}
+        for name in self.config.arms:
+            student = self.load_student(of_arm(self.config, name), self.folder / name)
+            if student is None:
+                continue
+            teacher = TimmTeacher(self.teacher_model(trained))
+            task = VisionTask(cast(ImageStudent, student), teacher, layer_map=self._layer_map(student, teacher)).eval()
+            task.to("cuda" if self.config.device != "cpu" and torch.cuda.is_available() else "cpu")
+            device = task.token_index.device
+            parts = [
+                (len(batch["images"]), attention_similarity(task, batch["images"].to(device))) for batch in batches
+            ]
+            weights = torch.tensor([float(count) for count, _ in parts], device=device)
+            found[name] = (weights @ torch.stack([part for _, part in parts]) / weights.sum()).tolist()
+        if not found:
+            raise UserError(f"expected a trained student in {self.folder}, got none")
+        return found
+
+    def _layer_map(self, student: nn.Module, teacher: TimmTeacher) -> list[int]:
+        return layer_map(self.config.bridge.layer_map, cast(ImageStudent, student).num_layers, teacher.num_layers)

@@ -17,6 +17,8 @@ ALLOWED = {
     "cab.refusal": ["cab.config"],
     "cab.token_map": [],
     "cab.config": [],
+    "cab.files": [],
+    "cab.processes": [],
     "cab.settings": ["cab.config"],
     "cab.bridge": ["cab_kernels"],
     "cab.students": ["cab.logits", "cab.students", "cab.token_map", "cab_kernels"],
@@ -25,6 +27,7 @@ ALLOWED = {
         "cab.bridge",
         "cab.distill",
         "cab.layer_map",
+        "cab.processes",
         "cab.students.student",
         "cab.teachers",
         "cab.token_map",
@@ -34,7 +37,10 @@ ALLOWED = {
 }
 # On top, free to import anything below them; nothing above imports them.
 TOP = {"cab", "cab.__main__", "cab.build", "cab.cli", "cab.graphed", "cab.report", "cab.trainer"} | {
+    "cab.callbacks",
+    "cab.export",
     "cab.language_run",
+    "cab.recipe",
     "cab.run",
     "cab.vision_run",
 }

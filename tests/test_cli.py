@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import timm
+import torch
 from PIL import Image
 
 from cab.cli import main
@@ -73,6 +75,60 @@ def test_eval_measures_what_the_run_reported(finished: Path, capsys: pytest.Capt
     ]
 
 
+def test_attention_of_teacher_and_students_is_compared(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(finished), "--attention", str(tmp_path / "attention.png")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"similarity of the attention: {tmp_path / 'attention.png'}"
+    with Image.open(tmp_path / "attention.png") as picture:
+        assert picture.size == (900, 600)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize(("kind", "file"), [("timm", "s.pth"), ("safetensors", "s.safetensors")])
+def test_an_exported_student_is_the_student(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, file: str
+) -> None:
+    assert main(["export", str(finished), str(tmp_path / file), "--arm", "cab", "--to", kind]) == 0
+    line = capsys.readouterr().out.strip()
+    prefix = "timm.create_model('vim_micro_patch2_8', img_size=8, depth=1, embed_dim=16, d_state=4, num_classes=10, "
+    assert sorted(line.split(", ")) == sorted(f"{prefix}checkpoint_path={str(tmp_path / file)!r})".split(", "))
+    sizes = {"img_size": 8, "embed_dim": 16, "depth": 1, "d_state": 4, "num_classes": 10}
+    loaded = timm.create_model("vim_micro_patch2_8", **sizes, checkpoint_path=str(tmp_path / file)).state_dict()
+    kept = safetensors.torch.load_file(finished / "cab" / "student.safetensors")
+    assert loaded.keys() == kept.keys()
+    assert all(torch.equal(value, kept[name]) for name, value in loaded.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["s.safetensors"], "expected --arm to be one of soft-kd, cab, got none"),
+        (["s.safetensors", "--arm", "cap"], "expected --arm to be one of soft-kd, cab, got 'cap'; did you mean 'cab'?"),
+        (["s.pth", "--arm", "cab"], "expected a file s.safetensors for --to safetensors, got s.pth"),
+    ],
+)
+def test_refusal_of_an_export(
+    finished: Path, arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(finished), *arguments]) == 2
+    assert capsys.readouterr().err == f"cab export: {line}\n"
+
+
+def test_runs_are_compared(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    shutil.rmtree(other / "soft-kd")
+    (other / "cab" / "result.json").unlink()  # has not ended: curves, but no row
+    assert main(["report", str(finished), str(other), "--out", str(tmp_path / "r.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["arm", "accuracy", "top-5", "alignment", "loss", "seconds", "images/s"]
+    assert [line.split()[0] for line in lines[1:-1]] == ["tiny/teacher", "tiny/soft-kd", "tiny/cab", "other/teacher"]
+    assert (tmp_path / "r.png").is_file()
+    assert main(["report", str(finished), "--out", str(tmp_path / "r.png")]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]] == ["teacher", "soft-kd", "cab"]
+
+
 def test_a_length_is_for_text(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(finished), "--length", "8"]) == 2
     assert capsys.readouterr().err.endswith(f"expected a run on text for --length, got one on images in {finished}\n")
@@ -113,7 +169,7 @@ def test_the_saved_configuration_reproduces_the_run(finished: Path, tmp_path: Pa
         (["distill", "--set", "optim.lrr=1"], "expected a known key, got 'optim.lrr'; did you mean 'optim.lr'?"),
         (
             ["distill", "--preset", "digit"],
-            "expected preset to be one of digits, vision, lm-local, lm, got 'digit'; did you mean",
+            "expected preset to be one of digits, vision, imagenet-vim-tiny, ",
         ),
         (["distill", "--config", "no.yaml"], "expected a configuration file, got no file no.yaml"),
         (["distill", "--preset", "vision"], "expected data.root, a folder with train/CLASS and val/CLASS, got none"),
@@ -148,7 +204,21 @@ def test_the_saved_configuration_reproduces_the_run(finished: Path, tmp_path: Pa
         (["distill", "--set", "data.index=no.json"], "expected an index file, got no file no.json"),
         (["distill", "--resume", "no"], "expected the folder of a run, got no folder no"),
         (["distill", "--resume", "no", "--set", "seed=1"], "expected --resume alone, "),
+        (["distill", "--resume", "no", "--data", "x"], "expected --resume alone, "),
+        (
+            ["distill", "--teacher", "vit_tinny_patch16_224"],
+            "expected teacher.name to be a model that timm knows, got ",
+        ),
+        (["distill", "--student", "mamba"], "expected student.name to be one of vim_base_patch16_224, "),
+        (["distill", "--fraction", "2"], "expected data.fraction to be at most 1, got 2.0"),
+        (
+            ["distill", "--set", "bridge.layer_map=0,1", "--set", "student.depth=1", "--set", "teacher.depth=1"],
+            "layer_map: expected proportional, last-1 to last-1, or 1 teacher layers from 0 to 0 that never go back, ",
+        ),
+        (["distill", "--data", "no"], "expected a folder no/train with one folder of images for each class, got no "),
         (["eval", "no"], "expected the folder of a run, got no folder no"),
+        (["report", "no"], "expected the folder of a run, got no folder no"),
+        (["export", "no", "s.safetensors"], "expected the folder of a run, got no folder no"),
         (["subset", "no", "--fraction", "0.1", "--out", "i.json"], "expected a folder no/train with one folder of "),
     ],
 )
@@ -272,12 +342,6 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     )
 
 
-def test_one_process_a_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["distill"]) == 2
-    assert capsys.readouterr().err == "cab distill: expected one process, got WORLD_SIZE=2\n"
-
-
 def test_presets_and_arms_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets"]) == 0
     words = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
@@ -315,6 +379,13 @@ finally:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--print-config" in done.stdout
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_flags_reach_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--teacher", "deit_base_patch16_224", "--student", "vim_small_patch16_224", "--fraction", "0.01"]
+    assert main(["distill", "--data", "/data/x", *flags, "--print-config"]) == 0
+    lines = [line.split("  #")[0].strip() for line in capsys.readouterr().out.splitlines()]
+    assert {"preset: vision", "root: /data/x", "name: deit_base_patch16_224", "fraction: 0.01"} <= set(lines)
 
 
 def test_the_module_exits_with_the_status() -> None:

@@ -26,6 +26,15 @@ from cab.settings import flatten, of_arm, of_run, resolve, to_yaml
         (["student.depth=deep"], "expected student.depth to be a whole number or none, got 'deep'"),
         (["device=tpu"], "expected device to be one of auto, cpu, cuda, got 'tpu'"),
         (["arms=cabs"], f"expected arm to be one of {', '.join(ARMS)}, got 'cabs'; did you mean 'cab'?"),
+        (["data.name=folders"], "expected data.name to be digits, folder, torch/NAME or hfds/NAME, got 'folders'"),
+        (["data.name=torch/"], "expected data.name to be digits, folder, torch/NAME or hfds/NAME, got 'torch/'"),
+        (
+            ["data.name=wds/imagenet"],
+            "expected data.name to be a data set whose images have an index (torch/NAME or hfds/NAME), got "
+            "'wds/imagenet', which streams them",
+        ),
+        (["teacher.image_size=7"], "expected teacher.image_size to be a multiple of teacher.patch_size=2, got 7"),
+        (["optim.min_lr=1"], "expected optim.min_lr of at most optim.lr=0.001, got 1.0"),
         (["arms=cab,cab"], "expected each arm once, got cab, cab"),
         (["arms=[]"], f"expected arm to be one of {', '.join(ARMS)}, got ''"),
         (["data.image_size=7"], "expected data.image_size to be a multiple of teacher.patch_size=2, got 7"),
@@ -53,7 +62,7 @@ def test_refusal(settings: list[str], message: str) -> None:
 
 
 def test_the_error_names_the_preset_meant() -> None:
-    names = "digits, vision, lm-local, lm"
+    names = ", ".join(PRESETS)
     with pytest.raises(UserError, match=rf"^expected preset to be one of {names}, got 'digit'; did you mean"):
         resolve("digit")
 
@@ -84,7 +93,7 @@ def test_a_file_may_name_its_preset_and_the_command_line_another(tmp_path: Path)
         ("a: [", "expected YAML in .*my.yaml, got while parsing"),
         ("optim: {lr: [1]}", r"expected optim.lr to be a number, got \[1\]"),
         ("arms: [1]", r"expected arms to be a list of names, got \[1\]"),
-        ("preset: 3", "expected preset to be one of digits, vision, lm-local, lm, got 3"),
+        ("preset: 3", f"expected preset to be one of {', '.join(PRESETS)}, got 3"),
         ("3: 4", "expected a known key, got '3'"),
     ],
 )
@@ -133,3 +142,34 @@ def test_controls_differ_from_the_bridge_in_what_they_control_for() -> None:
     assert differing("cab", "cab-s4d") == {"student.a_init"}
     assert differing("cab", "cab-adaptive") == {"loss.schedule"}
     assert differing("soft-kd", "ce") == {"loss.kl", "loss.ce"}
+
+
+def test_flags_are_settings_that_set_wins_over(tmp_path: Path) -> None:
+    assert resolve(data="images", settings=["data.fraction=0.5"]).data.root == "images"
+    config = resolve("imagenet-vim-tiny", data="images", settings=["data.root=others"])
+    assert (config.data.name, config.data.root, config.optim.steps) == ("folder", "others", 600_000)
+    text = resolve("lm-local", data="notes.txt")
+    assert (text.data.name, text.data.path) == ("files", "notes.txt")
+    (tmp_path / "my.yaml").write_text("preset: lm-local\n")
+    assert resolve(file=tmp_path / "my.yaml", data="notes.txt").data.path == "notes.txt"
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.05, 0.1, 0.2])
+def test_the_published_low_data_recipe_has_one_budget(fraction: float) -> None:
+    config = resolve("imagenet-vim-tiny", data="x", settings=[f"data.fraction={fraction}"])
+    epochs = config.optim.steps * config.optim.batch_size / (fraction * 1_281_167)
+    assert epochs == pytest.approx({0.01: 3000, 0.05: 600, 0.1: 300, 0.2: 150}[fraction], rel=2e-3)
+    assert config.optim.lr == pytest.approx(6.25e-5)
+
+
+def test_the_published_recipe_for_all_data_stops_aligning() -> None:
+    config = resolve("imagenet-vim-tiny-full", data="x")
+    epochs = config.optim.steps * config.optim.batch_size / 1_281_167
+    assert epochs == pytest.approx(300, rel=1e-5)
+    assert (config.loss.schedule, config.loss.until * epochs) == ("until", pytest.approx(35, rel=1e-4))
+
+
+def test_the_published_code_s_recipe() -> None:
+    arm = of_arm(resolve("imagenet-vim-tiny-code", data="x"), "cab-softmax")
+    assert (arm.bridge.targets, arm.loss.align, arm.student.a_init) == ("softmax", 3.0, "zero")
+    assert (arm.data.mixup, arm.data.cutmix, arm.data.smoothing, arm.optim.ema) == (0.8, 1.0, 0.1, 0.99996)

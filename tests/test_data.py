@@ -1,16 +1,19 @@
 """Subsets are balanced, seeded and nested; images come in [0, 1]; what is missing or broken is named."""
 
 import json
+import random
+import struct
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from cab.config import DataConfig, UserError
 from cab.data.folder import scan
-from cab.data.order import RunOrder
+from cab.data.order import ByTurn, RunOrder, Turn
 from cab.data.subset import class_balanced, read_index, write_index
 from cab.data.vision import load
 
@@ -162,10 +165,95 @@ def test_refusal_of_a_folder(folder: Path) -> None:
         load(DataConfig(root=str(folder)))
 
 
+def samples(order: RunOrder) -> list[int]:
+    return [turn.sample for turn in order]
+
+
 def test_the_order_of_a_run_is_whole_passes_cut_at_its_length() -> None:
-    order = list(RunOrder(images=5, length=12, seed=0))
+    order = samples(RunOrder(samples=5, length=12, seed=0))
     assert len(order) == len(RunOrder(5, 12, 0)) == 12
     assert sorted(order[:5]) == sorted(order[5:10]) == [0, 1, 2, 3, 4]
     assert order[:5] != order[5:10]
-    assert order == list(RunOrder(images=5, length=12, seed=0))
-    assert order != list(RunOrder(images=5, length=12, seed=1))
+    assert order == samples(RunOrder(samples=5, length=12, seed=0))
+    assert order != samples(RunOrder(samples=5, length=12, seed=1))
+    assert [turn.number for turn in RunOrder(5, 12, 0)] == list(range(12))
+    assert RunOrder(5, 12, 0).batch(3, 7) == order[3:7]
+
+
+def test_repeated_augmentation_brings_an_image_up_again_and_again_in_passes_of_the_same_length() -> None:
+    order = samples(RunOrder(samples=7, length=14, seed=0, repeats=3))
+    for one in (order[:7], order[7:]):
+        assert one[0] == one[1] == one[2] != one[3] == one[4] == one[5] != one[6]
+        assert len(set(one)) == 3
+
+
+class Drawn(torch.utils.data.Dataset):
+    """Its samples are what the three generators say."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> tuple[int, float, float, float]:
+        return index, random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_a_sample_depends_on_its_turn_alone() -> None:
+    data, turn = ByTurn(Drawn(), seed=0), Turn(2, 17)
+    first = data[turn]
+    random.random(), np.random.rand(), torch.rand(())
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    assert data[turn] == first
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[:2]
+    assert torch.equal(torch.get_rng_state(), before[2])
+    others = [data[Turn(2, 18)], ByTurn(Drawn(), seed=1)[turn]]
+    assert all(other[1:] != first[1:] and other[0] == 2 for other in others)
+    assert len(data) == 3
+
+
+@pytest.fixture
+def mnist(tmp_path: Path) -> Path:
+    """torchvision's MNIST as it lies on the disk: 20 training and 10 test images."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, count in (("train", 20), ("t10k", 10)):
+        pixels = bytes(range(10)) * (count * 784 // 10)
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + pixels)
+        labels = bytes(range(10)) * (count // 10)
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels)
+    return tmp_path
+
+
+def test_a_data_set_of_torchvision(mnist: Path) -> None:
+    splits = load(DataConfig(name="torch/mnist", root=str(mnist), image_size=16, fraction=0.5, augment="rand"))
+    assert (len(splits.full), len(splits.train), len(splits.test)) == (20, 10, 10)
+    assert splits.classes[:2] == ["0 - zero", "1 - one"]
+    assert [splits.train[index]["labels"] for index in range(10)] == [splits.labels[i] for i in splits.chosen]
+    assert sorted(splits.train[index]["labels"] for index in range(10)) == list(range(10))
+    assert splits.test[3]["images"].shape == (3, 16, 16)
+
+
+def test_a_data_set_in_the_form_of_hugging_face(tmp_path_factory: pytest.TempPathFactory) -> None:
+    tmp_path = tmp_path_factory.mktemp("rows")  # the reader takes a "test" in a path for a split
+    datasets = pytest.importorskip("datasets")
+    for split, count in (("train", 4), ("validation", 2)):
+        images = [Image.new("RGB", (20, 17), ((255, 0, 0), (0, 0, 255))[index % 2]) for index in range(count)]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["red", "blue"])})
+        table = datasets.Dataset.from_dict({"image": images, "label": [0, 1] * (count // 2)}, features=features)
+        table.to_parquet(tmp_path / f"{split}.parquet")
+    splits = load(DataConfig(name=f"hfds/{tmp_path}", root=str(tmp_path / "cache"), image_size=16, augment="none"))
+    assert (len(splits.full), len(splits.test)) == (4, 2)
+    assert splits.classes == ["red", "blue"]
+    blue = splits.test[1]
+    assert blue["labels"] == 1
+    assert torch.equal(blue["images"][:, 0, 0], torch.tensor([0.0, 0.0, 1.0]))
+
+
+def test_refusal_of_a_data_set(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"^expected the split 'train' of data set torch/mnist in .*, got: Dataset not found"
+    ):
+        load(DataConfig(name="torch/mnist", root=str(tmp_path)))
+    with pytest.raises(
+        UserError, match=r"^expected the split 'train' of data set torch/nothing in None, got: Unknown "
+    ):
+        load(DataConfig(name="torch/nothing"))

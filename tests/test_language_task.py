@@ -91,7 +91,8 @@ def test_loss_is_the_formula() -> None:
     kl = 9 * (q * (q / p).log()).sum(-1).mean()
     ce = nn.functional.cross_entropy(student[:, :-1][following], ids[:, 1:][following])
 
-    assert result.keys() == {"loss", "kl", "ce", "align"}
+    assert result.keys() == {"loss", "kl", "ce", "align", "align_layers"}
+    torch.testing.assert_close(result["align_layers"].mean(), result["align"])
     # The bridge op returns float32.
     torch.testing.assert_close(result["align"].double(), align, rtol=1e-5, atol=0)
     torch.testing.assert_close(result["kl"], kl, rtol=1e-6, atol=0)

@@ -131,5 +131,14 @@ def test_layers_that_show_nothing_are_counted() -> None:
 
 def test_images_of_another_size() -> None:
     teacher = TimmTeacher(small("deit_tiny_patch16_224"))
-    with pytest.raises(ValueError, match=r"expected images of .* = \(3, 32, 32\), got \(3, 40, 32\)"):
-        teacher(torch.rand(1, 3, 40, 32))
+    grey = torch.full((1, 3, 40, 48), 0.25)
+    torch.testing.assert_close(teacher(grey), teacher(torch.full((1, 3, 32, 32), 0.25)))
+    spots = torch.zeros(1, 3, 64, 64)
+    spots[..., ::2, ::2] = 1  # finer than the teacher's pixels: they must come out as grey, not as black or white
+    seen = []
+    teacher.model.patch_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    teacher(spots)
+    inner = (seen[0] * teacher.std + teacher.mean)[..., 4:-4, 4:-4]
+    torch.testing.assert_close(inner, torch.full_like(inner, 0.25), atol=0.01, rtol=0)
+    with pytest.raises(ValueError, match="expected images of 3 channels, got 1"):
+        teacher(torch.rand(1, 1, 32, 32))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from cab.build import distillation_task, student_model, supervised_task, teacher_model
+from cab.callbacks import METRICS, read_metrics
 from cab.config import Config, UserError
 from cab.data.vision import Digits, Splits, load
 from cab.settings import of_arm, resolve
-from cab.trainer import METRICS, TaskTrainer, read_metrics
+from cab.trainer import TaskTrainer
 
 TINY = [
     "device=cpu",
@@ -53,7 +55,7 @@ def trainer(config: Config, splits: Splits, folder: Path) -> TaskTrainer:
 
 def figures(folder: Path) -> list[dict[str, Any]]:
     """The metrics without their times."""
-    return [{**entry, "seconds": None} for entry in read_metrics(folder / METRICS)]
+    return [{**entry, "seconds": None, "samples_per_second": None} for entry in read_metrics(folder / METRICS)]
 
 
 def test_decay_spares_what_it_would_spoil(splits: Splits, tmp_path: Path) -> None:
@@ -142,6 +144,14 @@ def test_resuming_an_ended_run_changes_nothing(splits: Splits, tmp_path: Path) -
     again = trainer(tiny(), splits, tmp_path).run(resume=True)
     assert again == outcome
     assert (tmp_path / METRICS).read_text() == before
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(
+    splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cab.processes.count", lambda: 3)
+    with pytest.raises(UserError, match=r"^expected optim\.batch_size to be a multiple of the 3 processes, got 8$"):
+        trainer(tiny(), splits, tmp_path)
 
 
 def test_accumulation_equals_a_big_batch(splits: Splits, tmp_path: Path) -> None:
@@ -260,21 +270,29 @@ def test_a_run_leaves_events_and_one_checkpoint(splits: Splits, tmp_path: Path) 
 
 def test_a_loss_that_is_no_number_ends_the_run(splits: Splits, tmp_path: Path) -> None:
     config = tiny("cab", "optim.lr=1e38", "log_every=1", "optim.warmup=0")
-    with pytest.raises(UserError, match=r"^expected a finite loss, got nan at step \d; a lower optim\.lr may help$"):
+    with pytest.raises(
+        UserError, match="^expected a finite loss, got nan at step 2, which trained on samples "
+    ) as caught:
         trainer(config, splits, tmp_path).run()
+    order = trainer(config, splits, tmp_path)._order()
+    named = ", ".join(str(turn.sample) for turn in list(order)[8:16])
+    assert f"on samples {named}; there is no checkpoint yet; a lower optim.lr may help" in str(caught.value)
 
 
-def test_the_last_good_checkpoint_is_named(splits: Splits, tmp_path: Path) -> None:
-    made = trainer(tiny("cab", "log_every=1"), splits, tmp_path)
+def test_the_step_and_the_checkpoint_before_a_loss_that_is_no_number_are_named(splits: Splits, tmp_path: Path) -> None:
+    """Logged every 100 steps, looked for every 3: the step is the one that failed, not the one that looked."""
+    made = trainer(tiny("cab", "log_every=100"), splits, tmp_path)
+    forward = made.model.forward
 
-    class Spoil(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 4:
-                made.model.student.head.weight.data.fill_(math.nan)
+    def failing(**inputs: Tensor) -> dict[str, Tensor]:
+        outputs = forward(**inputs)
+        return {**outputs, "loss": outputs["loss"] * (math.nan if made.state.global_step == 4 else 1.0)}
 
-    made.add_callback(Spoil())
-    with pytest.raises(UserError, match=r"got nan at step 5; .*; the last checkpoint before is .*checkpoint-3$"):
+    made.model.forward = failing
+    good = re.escape(str(tmp_path / "checkpoint-3"))
+    with pytest.raises(UserError, match=rf"at step 5, .*; the last good checkpoint is {good}; a lower"):
         made.run()
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refuses only where there is no GPU")
@@ -299,3 +317,86 @@ def test_progress_is_a_line_an_evaluation_where_there_is_no_terminal(
     trainer(tiny(), splits, tmp_path).run()
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == ["tiny: step 0/6", "tiny: step 3/6", "tiny: step 6/6"]
+
+
+def test_averaged_weights_are_evaluated_kept_and_resumed(splits: Splits, tmp_path: Path) -> None:
+    config = tiny("cab", "optim.ema=0.9", "optim.lr=0.01", "optim.warmup=0")
+    straight = trainer(config, splits, tmp_path / "straight")
+    measured = straight.run().test
+    own = safetensors.torch.load_file(tmp_path / "straight" / "checkpoint-6" / "model.safetensors")
+    averaged = safetensors.torch.load_file(tmp_path / "straight" / "checkpoint-6" / "averaged.safetensors")
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(value, averaged[name])
+    assert not torch.equal(own["student.head.weight"], averaged["student.head.weight"])
+    labels = torch.tensor(splits.test.labels)
+    with torch.no_grad():
+        whole = straight.model.eval()(splits.test.images, labels)
+    assert measured["kl"] == pytest.approx(float(whole["kl"]), rel=1e-4)
+    interrupted = trainer(config, splits, tmp_path / "interrupted")
+    interrupted.add_callback(Interrupt(5))
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.run()
+    trainer(config, splits, tmp_path / "interrupted").run(resume=True)
+    assert figures(tmp_path / "interrupted") == figures(tmp_path / "straight")
+
+
+def test_the_learning_rate_falls_by_layer_and_over_the_run(splits: Splits, tmp_path: Path) -> None:
+    made = trainer(tiny("cab", "optim.layer_decay=0.5", "optim.warmup=0", "optim.min_lr=1e-4"), splits, tmp_path)
+    made.create_optimizer_and_scheduler(6)
+    names = {parameter: name for name, parameter in made.model.named_parameters()}
+    rates = {names[value]: group["lr"] for group in made.optimizer.param_groups for value in group["params"]}
+    decays = {names[value]: group["weight_decay"] for group in made.optimizer.param_groups for value in group["params"]}
+    assert rates.keys() == set(names.values())
+    assert rates["student.head.weight"] == rates["bridges.key.w1"] == pytest.approx(1e-3)
+    assert rates["student.layers.1.mixer.in_proj.weight"] == pytest.approx(5e-4)
+    assert rates["student.layers.0.mixer.A_log"] == pytest.approx(2.5e-4)
+    assert rates["student.patch_embed.proj.weight"] == pytest.approx(1.25e-4)
+    spared = set(names.values()) - set(made.get_decay_parameter_names(made.model))
+    assert {name for name, decay in decays.items() if decay == 0} == spared
+    for _ in range(6):
+        made.optimizer.step()
+        made.lr_scheduler.step()
+    assert made.lr_scheduler.get_last_lr()[-1] == pytest.approx(1e-4)
+
+
+def test_gradients_layers_and_speed_are_logged_and_leave_the_training_as_it_is(splits: Splits, tmp_path: Path) -> None:
+    runs = {}
+    for logged in ("false", "true"):
+        settings = ("bridge.targets=standardised", "student.drop_path=0.5", f"log_gradients={logged}", "arms=custom")
+        made = trainer(tiny("custom", *settings), splits, tmp_path / logged)
+        made.run()
+        runs[logged] = [entry for entry in made.metrics.entries if entry["split"] == "train"]
+    of_gradients = {"grad_kl", "grad_align", "grad_cosine"}
+    for plain, entry in zip(runs["false"], runs["true"], strict=True):
+        assert entry.keys() - plain.keys() == of_gradients
+        assert all(math.isfinite(entry[name]) for name in of_gradients)
+        assert {**plain, "seconds": 0, "samples_per_second": 0} == {
+            name: 0 if name in ("seconds", "samples_per_second") else value
+            for name, value in entry.items()
+            if name not in of_gradients
+        }
+        assert sum(entry["align_layers"]) / 2 == pytest.approx(entry["align"], rel=1e-5)
+        assert entry["samples_per_second"] > 0
+
+
+def test_a_checkpoint_is_whole_or_not_there(splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = trainer(tiny(), splits, tmp_path / "straight")
+    straight.run()
+    cut = trainer(tiny(), splits, tmp_path / "cut")
+    save = cut._save_rng_state
+
+    def killed(folder: str) -> None:
+        save(folder)
+        if made.state.global_step == 6:
+            raise KeyboardInterrupt
+
+    made = cut
+    monkeypatch.setattr(cut, "_save_rng_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cut.run()
+    assert (tmp_path / "cut" / "unfinished" / "checkpoint-6" / "model.safetensors").is_file()
+    with (tmp_path / "cut" / METRICS).open("a") as lines:
+        lines.write('{"step": 6, "spl')  # a line that a kill has cut
+    trainer(tiny(), splits, tmp_path / "cut").run(resume=True)
+    assert figures(tmp_path / "cut") == figures(tmp_path / "straight")
+    assert sorted(folder.name for folder in (tmp_path / "cut").iterdir()) == ["checkpoint-6", METRICS, "tensorboard"]

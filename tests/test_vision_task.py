@@ -5,9 +5,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from cab.bridge import Bridges
-from cab.distill.losses import distillation_kl
+from cab.bridge import Bridges, BridgeWeights
+from cab.distill.losses import Alignment, distillation_kl
 from cab.distill.schedule import AlignmentSchedule
+from cab.distill.similarity import attention_similarity
 from cab.distill.task import LossWeights
 from cab.distill.vision import VisionTask
 from cab.students.vim import VisionMamba
@@ -213,3 +214,96 @@ def test_bridges_without_a_teacher() -> None:
 def test_bad_weights(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LossWeights(**arguments)
+
+
+def variant(hidden: int, shared: bool, targets: str = "raw") -> VisionTask:
+    torch.manual_seed(0)
+    student = timm.create_model("vim_micro_patch2_8", a_init="zero", **STUDENT)
+    teacher = TimmTeacher(timm.create_model("deit_tiny_distilled_patch16_224", **TEACHER))
+    bridges = Bridges(4, 2, student.d_state, hidden, teacher.key_width, teacher.query_width, shared)
+    return VisionTask(student, teacher, bridges, targets=targets)
+
+
+@pytest.mark.parametrize(("hidden", "shared"), [(0, False), (0, True), (8, True)], ids=["linear", "both", "shared"])
+def test_every_variant_of_a_bridge_reaches_the_student_and_is_trained(hidden: int, shared: bool) -> None:
+    task = variant(hidden, shared)
+    result = task(images())
+    result["loss"].backward()
+    assert result["align_layers"].shape == (4,)
+    torch.testing.assert_close(result["align_layers"].mean(), result["align"])
+    for name, parameter in task.bridges.named_parameters():
+        assert len(parameter) == (2 if shared else 8), name
+        assert (parameter.grad.flatten(1).abs().sum(dim=1) > 0).all(), name
+    assert (task.student.layers[3].mixer.x_proj.weight.grad.abs() > 0).any()
+
+
+@pytest.mark.parametrize("targets", ["raw", "standardised", "softmax"])
+def test_a_linear_bridge_is_the_formula(targets: str) -> None:
+    task = variant(0, False, targets).double()
+    batch = images().double()
+    result = task(batch)
+    layers: dict[int, Tensor] = {}
+    task.teacher(batch, lambda layer, query, key: layers.update({layer: task.targets.eval().key(layer, key)}))
+    _, projections = task.student.forward_with_projections((batch - task.student_mean) / task.student_std)
+    order = [*range(2, 10), 0, *range(10, 18)]
+    w, b = task.bridges.key.w2[2], task.bridges.key.b2[2]
+    residual = projections[1][0].B @ w.T + b
+    target = layers[0].value.transpose(1, 2).flatten(2)
+    if targets == "standardised":
+        target = (target - layers[0].mean) * layers[0].rstd
+    of_one = (residual - target[:, order]).square().mean()
+    assert result["align_layers"][1] > of_one > 0
+    torch.testing.assert_close(of_one, alone(task, projections, layers[0], w, b))
+
+
+def alone(task: VisionTask, projections: list, target: object, w: Tensor, b: Tensor) -> Tensor:
+    """The loss of one bridge, as the alignment computes it."""
+    alignment = Alignment(task.bridges, projections, task.targets, task.layer_map, task.token_index)
+    weights = BridgeWeights(None, None, w[None], b[None])
+    return alignment._linear_losses([projections[1][0].B], weights, target)[0]
+
+
+def test_a_shared_bridge_is_one_for_all_layers() -> None:
+    shared, own = variant(8, True), variant(8, False)
+    with torch.no_grad():
+        for stack, one in ((own.bridges.key, shared.bridges.key), (own.bridges.query, shared.bridges.query)):
+            for name, parameter in stack.named_parameters():
+                parameter.copy_(torch.cat([getattr(one, name)] * 4))
+    torch.testing.assert_close(shared(images())["align"], own(images())["align"])
+
+
+@pytest.mark.parametrize(("position", "message"), [(2, "expected d_state of at least 1, got 0"), (5, "query_width of")])
+def test_bridges_of_no_size(position: int, message: str) -> None:
+    sizes = [4, 2, 4, 8, 24, 24]
+    sizes[position] = 0
+    with pytest.raises(ValueError, match=message):
+        Bridges(*sizes)
+    with pytest.raises(ValueError, match="expected hidden of at least 0, got -1"):
+        Bridges(4, 2, 4, -1, 24, 24)
+
+
+def test_similarity_of_attention_is_the_formula() -> None:
+    task = make_task("deit_tiny_distilled_patch16_224")
+    batch = images(2)
+    got = attention_similarity(task, batch)
+    assert got.shape == (4,)
+    layers: dict[int, tuple[Tensor, Tensor]] = {}
+    task.teacher(batch, lambda layer, query, key: layers.update({layer: (query, key)}))
+    _, projections = task.student.forward_with_projections((batch - task.student_mean) / task.student_std)
+    order = [*range(2, 10), 0, *range(10, 18)]
+    query, key = layers[1]
+    teacher = torch.einsum("bhtd,bhsd->bhts", query, key).div(12**0.5).softmax(-1).mean(1)[:, order][:, :, order]
+    student = torch.zeros(2, 17, 17)
+    for t in range(17):
+        for s in range(17):
+            for direction, seen in zip(projections[3], (s <= t, s >= t), strict=True):
+                if seen:
+                    student[:, t, s] += (direction.C[:, t] * direction.B[:, s]).sum(-1)
+    cosine = (student * teacher).sum((1, 2)) / (student.square().sum((1, 2)) * teacher.square().sum((1, 2))).sqrt()
+    torch.testing.assert_close(got[3], cosine.mean())
+
+
+def test_similarity_needs_a_teacher() -> None:
+    task = VisionTask(make_task().student, weights=LossWeights(kd=0.0, ce=1.0))
+    with pytest.raises(ValueError, match="attention_similarity: expected a task with a teacher, got none"):
+        attention_similarity(task, images())

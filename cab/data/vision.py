@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -39,9 +39,9 @@ class Splits(NamedTuple):
         chosen: indices into ``full`` of the student's part.
     """
 
-    full: Digits | FolderImages
+    full: Digits | Images
     train: Subset[Sample]
-    test: Digits | FolderImages
+    test: Digits | Images
     classes: Sequence[str]
     names: Sequence[str]
     labels: Sequence[int]
@@ -54,7 +54,9 @@ def load(config: DataConfig) -> Splits:
     Raises:
         UserError: a folder, class or index file is missing or empty, or digits are asked for in another form.
     """
-    return _digits(config) if config.name == "digits" else _folder(config)
+    if config.name == "digits":
+        return _digits(config)
+    return _folder(config) if config.name == "folder" else _dataset(config)
 
 
 class Digits(Dataset[Sample]):
@@ -98,25 +100,59 @@ def _digits(config: DataConfig) -> Splits:
     )
 
 
-class FolderImages(Dataset[Sample]):
-    """The images of a folder, read and transformed one by one."""
+class Images(Dataset[Sample]):
+    """Images that are read and transformed one by one.
 
-    def __init__(self, folder: Folder, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.folder = folder
+    Args:
+        names: of each image, for who asks and for errors.
+        labels: of each image.
+        read: gives an image by its index.
+        transform: makes a tensor of it.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        labels: Sequence[int],
+        read: Callable[[int], Image.Image],
+        transform: Callable[[Image.Image], Tensor],
+    ) -> None:
+        self.names = names
+        self.labels = labels
+        self.read = read
         self.transform = transform
 
     def __len__(self) -> int:
-        return len(self.folder.names)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> Sample:
-        file = self.folder.root / self.folder.names[index]
         try:
-            with Image.open(file) as opened:
-                image = opened.convert("RGB")
+            image = self.read(index).convert("RGB")
         except (UnidentifiedImageError, OSError) as error:
             # Named and refused: taking the next image in its place would change the data without a word.
-            raise UserError(f"expected an image that can be read, got {file}: {error}") from error
-        return {"images": self.transform(image), "labels": self.folder.labels[index]}
+            raise UserError(f"expected an image that can be read, got {self.names[index]}: {error}") from error
+        return {"images": self.transform(image), "labels": self.labels[index]}
+
+
+class _Files:
+    """Reads the images of a folder."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+
+    def __call__(self, index: int) -> Image.Image:
+        with Image.open(self.folder.root / self.folder.names[index]) as opened:
+            return opened.convert("RGB")
+
+
+class _Items:
+    """Reads the images of a data set of (image, label) pairs."""
+
+    def __init__(self, pairs: Any) -> None:
+        self.pairs = pairs
+
+    def __call__(self, index: int) -> Image.Image:
+        return self.pairs[index][0]
 
 
 def _folder(config: DataConfig) -> Splits:
@@ -127,12 +163,47 @@ def _folder(config: DataConfig) -> Splits:
         raise UserError(
             f"expected the same classes in {train.root} and {test.root}, got '{odd[0]}' in one of them alone"
         )
-    plain = _transform(config.image_size, "none")
-    images = FolderImages(train, _transform(config.image_size, config.augment))
+
+    def images(folder: Folder, transform: Callable[[Image.Image], Tensor]) -> Images:
+        names = [str(folder.root / name) for name in folder.names]
+        return Images(names, folder.labels, _Files(folder), transform)
+
+    full, tested = images(train, _transform(config)), images(test, _plain_transform(config))
     chosen = _chosen(config, train.names, train.labels, train.classes)
-    return Splits(
-        images, Subset(images, chosen), FolderImages(test, plain), train.classes, train.names, train.labels, chosen
-    )
+    return Splits(full, Subset(full, chosen), tested, train.classes, train.names, train.labels, chosen)
+
+
+def _dataset(config: DataConfig) -> Splits:
+    """A data set of timm's: torchvision's, or one of the Hugging Face hub or in its form on the disk."""
+    from timm.data import create_dataset
+
+    def images(split: str, transform: Callable[[Image.Image], Tensor]) -> tuple[Images, Sequence[str]]:
+        try:
+            pairs: Any = create_dataset(config.name, config.root, split=split)
+        except Exception as error:  # each reader has errors of its own
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"expected the split {split!r} of data set {config.name} in {config.root}, got: {reason}"
+            ) from error
+        labels, classes = _labels(config.name, pairs)
+        names = [f"{split}-{index:08d}" for index in range(len(labels))]
+        return Images(names, labels, _Items(pairs), transform), classes
+
+    full, classes = images("train", _transform(config))
+    tested, _ = images("validation", _plain_transform(config))
+    chosen = _chosen(config, full.names, full.labels, classes)
+    return Splits(full, Subset(full, chosen), tested, classes, full.names, full.labels, chosen)
+
+
+def _labels(name: str, pairs: Any) -> tuple[Sequence[int], Sequence[str]]:
+    """The label of each image, read without the images, and the names of the classes."""
+    reader = getattr(pairs, "reader", None)
+    found = getattr(pairs, "targets", getattr(pairs, "labels", None)) if reader is None else reader.iter_targets()
+    if found is None:
+        raise UserError(f"expected a data set whose labels can be read without its images, got {name}")
+    labels = [int(label) for label in found]
+    classes = sorted(reader.class_to_idx, key=reader.class_to_idx.get) if reader else getattr(pairs, "classes", None)
+    return labels, [str(label) for label in classes or range(max(labels) + 1)]
 
 
 def _chosen(config: DataConfig, names: Sequence[str], labels: Sequence[int], classes: Sequence[str]) -> list[int]:
@@ -141,16 +212,28 @@ def _chosen(config: DataConfig, names: Sequence[str], labels: Sequence[int], cla
     return class_balanced(labels, classes, config.fraction, config.seed)
 
 
-def _transform(size: int, augment: str) -> Callable[[Image.Image], Tensor]:
+# Mean 0 and deviation 1 leave the pixels in [0, 1].
+_PIXELS = {"interpolation": "bicubic", "mean": (0.0,) * 3, "std": (1.0,) * 3}
+
+
+def _plain_transform(config: DataConfig) -> Callable[[Image.Image], Tensor]:
     from timm.data import create_transform
 
-    # Mean 0 and deviation 1 leave the pixels in [0, 1].
-    identity = {"input_size": size, "interpolation": "bicubic", "mean": (0.0,) * 3, "std": (1.0,) * 3}
-    if augment == "none":
-        return create_transform(**identity)
-    if augment == "crop":
-        return create_transform(**identity, is_training=True, color_jitter=None)
-    # DeiT's augmentation of single images (arXiv:2012.12877, table 9).
+    return create_transform(config.image_size, **_PIXELS)
+
+
+def _transform(config: DataConfig) -> Callable[[Image.Image], Tensor]:
+    from timm.data import create_transform
+
+    if config.augment == "none":
+        return _plain_transform(config)
+    if config.augment == "crop":
+        return create_transform(config.image_size, **_PIXELS, is_training=True, color_jitter=None)
     return create_transform(
-        **identity, is_training=True, color_jitter=0.3, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25
+        config.image_size,
+        **_PIXELS,
+        is_training=True,
+        color_jitter=config.color_jitter,
+        auto_augment=config.policy,
+        re_prob=config.erasing,
     )

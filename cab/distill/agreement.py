@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+import cab.processes as processes
+
 
 class GradientAgreement(NamedTuple):
     """The gradients of the two terms with respect to the student's parameters: 0-d tensors.
@@ -24,14 +26,18 @@ class GradientAgreement(NamedTuple):
 def gradient_agreement(kl: Tensor, align: Tensor, parameters: list[nn.Parameter]) -> GradientAgreement:
     """Compare the gradients of two losses of one forward pass; costs two backward passes and leaves ``.grad`` alone.
 
+    Where several processes share a batch, the gradients are those of the whole batch, in each of them.
+
     Args:
         kl, align: 0-d, with their graph, which is kept.
         parameters: what both are differentiated by; one that a loss does not reach counts as zero there.
     """
-    of_kl = torch.autograd.grad(kl, parameters, retain_graph=True, materialize_grads=True)
-    of_align = torch.autograd.grad(align, parameters, retain_graph=True, materialize_grads=True)
+    of_kl, of_align = (
+        processes.average(torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True))
+        for loss in (kl, align)
+    )
 
-    def dot(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Tensor:
+    def dot(left: list[Tensor], right: list[Tensor]) -> Tensor:
         return torch.stack([(a.float() * b.float()).sum() for a, b in zip(left, right, strict=True)]).sum()
 
     kl_norm, align_norm = dot(of_kl, of_kl).sqrt(), dot(of_align, of_align).sqrt()
@@ -62,6 +68,8 @@ class AdaptiveTrust(nn.Module):
         self.register_buffer("total", torch.zeros((), dtype=torch.float64))
         self.register_buffer("weight", torch.zeros((), dtype=torch.float64))
         self.register_buffer("best", torch.zeros((), dtype=torch.float64))
+        self._value = 1.0  # on the host: a step reads it without waiting for the GPU
+        self.register_load_state_dict_post_hook(lambda module, _: module._settle())
 
     @staticmethod
     def is_due(step: int, total_steps: int) -> bool:
@@ -75,11 +83,12 @@ class AdaptiveTrust(nn.Module):
         self.total.mul_(keep).add_(cosine)
         self.weight.mul_(keep).add_(1)
         self.best.copy_(torch.maximum(self.best, self.total / self.weight))
+        self._settle()
 
     def value(self) -> float:
         """The trust, from 0 to 1; 1 before the first observation."""
-        if not self.weight:
-            return 1.0
-        if not self.best:
-            return 0.0
-        return float((self.total / self.weight / self.best).clamp(0, 1))
+        return self._value
+
+    def _settle(self) -> None:
+        total, weight, best = torch.stack((self.total, self.weight, self.best)).tolist()
+        self._value = 1.0 if not weight else 0.0 if not best else min(max(total / weight / best, 0.0), 1.0)

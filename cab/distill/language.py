@@ -61,7 +61,8 @@ class LanguageTask(DistillationTask):
 
         Returns:
             "loss", 0-d, and the terms that were computed, each a mean over the tokens that count, unweighted and
-            detached: "kl", "ce", "align". The alignment counts all tokens but padding.
+            detached: "kl", "ce", "align", and "align_layers", the alignment of each layer. The alignment counts all
+            tokens but padding.
         """
         return self._weigh(self._terms(input_ids, labels, attention_mask, align=self.alignment_weight > 0))
 
@@ -107,5 +108,7 @@ class LanguageTask(DistillationTask):
             vocab_size=self.vocab_size,
             chunk=self.chunk,
         )
-        terms = {"kl": kl, "ce": ce, "align": None if alignment is None else alignment.loss()}
-        return {name: term for name, term in terms.items() if term is not None}
+        terms = {name: term for name, term in (("kl", kl), ("ce", ce)) if term is not None}
+        if alignment is not None:
+            terms |= {"align": alignment.loss(), "align_layers": alignment.layers()}
+        return terms

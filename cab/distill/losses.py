@@ -62,36 +62,59 @@ class Alignment:
         counts = [bridges.directions * layer_map.count(layer) for layer in range(max(layer_map) + 1)]
         self.key_weights = bridges.key.split(counts)
         self.query_weights = bridges.query.split(counts)
-        self.losses: list[Tensor] = []
+        self.of_layers: list[Tensor] = []  # (layers,) of each teacher layer that has students
 
     def __call__(self, layer: int, query: Tensor, key: Tensor) -> None:
         """Meet Q and K (batch, heads, tokens, head_dim) of one teacher layer."""
         students = [index for index, teacher in enumerate(self.layer_map) if teacher == layer]
         directions = [direction for index in students for direction in self.projections[index]]
         if directions:
-            self._add(
-                [direction.B for direction in directions],
-                self.key_weights[layer],
-                self.targets.key(layer, key, self.mask),
-            )
-            self._add(
-                [direction.C for direction in directions],
-                self.query_weights[layer],
-                self.targets.query(layer, query, self.mask),
-            )
+            sources = [direction.B for direction in directions], [direction.C for direction in directions]
+            keys = self._losses(sources[0], self.key_weights[layer], self.targets.key(layer, key, self.mask))
+            queries = self._losses(sources[1], self.query_weights[layer], self.targets.query(layer, query, self.mask))
+            self.of_layers.append((keys + queries).view(len(students), -1).sum(1))
 
-    def _add(self, sources: list[Tensor], weights: BridgeWeights, target: Target) -> None:
-        losses = bridge_mse_grouped(
+    def _losses(self, sources: list[Tensor], weights: BridgeWeights, target: Target) -> Tensor:
+        if weights.w1 is None or weights.b1 is None:
+            return self._linear_losses(sources, weights, target)
+        return bridge_mse_grouped(
             sources,
-            *weights,
+            weights.w1,
+            weights.b1,
+            weights.w2,
+            weights.b2,
             target.value,
             mask=self.mask,
             token_index=self.token_index,
             target_mean=target.mean,
             target_rstd=target.rstd,
         )
-        self.losses.append(losses.sum())
+
+    def _linear_losses(self, sources: list[Tensor], weights: BridgeWeights, target: Target) -> Tensor:
+        """The losses of bridges without a hidden layer, in at least float32."""
+        aim = target.value.transpose(1, 2).flatten(2) if target.value.dim() == 4 else target.value
+        counted = torch.ones(sources[0].shape[:2], dtype=torch.bool, device=aim.device)
+        if self.mask is not None:
+            counted = counted & self.mask
+        if self.token_index is not None:
+            counted = counted & (self.token_index >= 0)
+            aim = aim.index_select(1, self.token_index.clamp(min=0))
+        compute = torch.promote_types(weights.w2.dtype, torch.float32)
+        aim = aim.detach().to(compute)
+        if target.mean is not None and target.rstd is not None:
+            aim = (aim - target.mean) * target.rstd
+        losses = []
+        with torch.autocast(aim.device.type, enabled=False):
+            for source, weight, bias in zip(sources, weights.w2.unbind(), weights.b2.unbind(), strict=True):
+                residual = F.linear(source.to(compute), weight.to(compute), bias.to(compute)) - aim
+                squares = residual.square().mean(dim=-1).masked_fill(~counted, 0)
+                losses.append(squares.sum() / counted.sum().clamp(min=1))
+        return torch.stack(losses)
+
+    def layers(self) -> Tensor:
+        """The loss of each student layer, (layers,) float32, once all layers of the teacher have been met."""
+        return torch.cat(self.of_layers)
 
     def loss(self) -> Tensor:
-        """The loss, 0-d float32, once all layers of the teacher have been met."""
-        return torch.stack(self.losses).sum() / len(self.layer_map)
+        """Their mean, 0-d."""
+        return self.layers().mean()

@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import cab.processes as processes
+
 TargetKind = Literal["raw", "standardised", "softmax"]
 
 
@@ -54,6 +56,11 @@ class RunningStatistics(nn.Module):
             rows = value.transpose(1, 2).flatten(2).float().masked_fill(~mask.unsqueeze(-1), 0)
             mean = (rows.sum((0, 1)) / tokens.clamp(min=1)).float()
             spread = (rows - mean).masked_fill(~mask.unsqueeze(-1), 0).square().sum((0, 1))
+        if processes.count() > 1:  # they share a batch: each takes in all of it
+            share = processes.mean(tokens)
+            whole = (processes.mean(tokens * mean) / share.clamp(min=1)).float()
+            spread = processes.mean(spread + tokens.float() * (mean - whole).square()) * processes.count()
+            mean, tokens = whole, share * processes.count()
         before = self.count[layer].clone()
         share = (tokens / (before + tokens).clamp(min=1)).float()
         difference = mean - self.mean[layer]

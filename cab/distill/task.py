@@ -105,12 +105,8 @@ class DistillationTask(nn.Module):
         if self.bridges is None:
             return
         expected = (layers, student.d_state, teacher.key_width, teacher.query_width)
-        got = (
-            self.bridges.layers,
-            self.bridges.key.w1.shape[-1],
-            self.bridges.key.w2.shape[1],
-            self.bridges.query.w2.shape[1],
-        )
+        bridges = self.bridges
+        got = (bridges.layers, bridges.d_state, bridges.key_width, bridges.query_width)
         if expected != got:
             raise ValueError(
                 f"{type(self).__name__}: expected bridges for (layers, d_state, key width, query width) = "

@@ -47,18 +47,20 @@ class VisionTask(DistillationTask):
 
         Args:
             images: (batch, channels, height, width), values in [0, 1].
-            labels: (batch,) class indices; the cross-entropy needs them.
+            labels: (batch,) class indices, or (batch, classes) probabilities; the cross-entropy needs them.
 
         Returns:
             "loss", 0-d; "logits" of the student, (batch, classes); and the terms that were computed, unweighted and
-            detached: "kl", "ce", "align".
+            detached: "kl", "ce", "align", and "align_layers", the alignment of each layer.
         """
         logits, terms = self._terms(images, labels, align=self.alignment_weight > 0)
         return {**self._weigh(terms), "logits": logits}
 
     def measures(self, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        correct = outputs["logits"].argmax(-1) == inputs["labels"]
-        return {"accuracy": correct.float(), **super().measures(inputs, outputs)}
+        logits, labels = outputs["logits"], inputs["labels"]
+        best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
+        correct = {"accuracy": best[:, 0].float(), "top5": best.any(dim=-1).float()}
+        return {**correct, **super().measures(inputs, outputs)}
 
     def _weight(self, inputs: dict[str, Tensor]) -> Tensor:
         return torch.ones(len(inputs["images"]), device=inputs["images"].device)
@@ -83,5 +85,5 @@ class VisionTask(DistillationTask):
         if labels is not None:
             terms["ce"] = F.cross_entropy(logits.float(), labels)
         if alignment is not None:
-            terms["align"] = alignment.loss()
+            terms |= {"align": alignment.loss(), "align_layers": alignment.layers()}
         return logits, terms

@@ -116,6 +116,13 @@ class VisionMamba(ImageStudent):
         spared = {"A_log", "A_b_log", "D", "D_b", "cls_token", "pos_embed"}
         return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in spared}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which layer a parameter belongs to, for timm's decay of the learning rate by layer."""
+        return {
+            "stem": r"^(?:cls_token|pos_embed|patch_embed)",
+            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
+        }
+
     def get_classifier(self) -> nn.Module:
         return self.head
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import timm.data
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cab.teachers.attention_calls import ScaledDotProductCalls
@@ -64,7 +65,8 @@ class TimmTeacher(Teacher):
         """Logits of images.
 
         Args:
-            images: (batch, channels, height, width), values in [0, 1]; normalised here as the model wants them.
+            images: (batch, channels, height, width), values in [0, 1]; resized here to the model's height and width
+                where theirs differ, and normalised as the model wants them.
             on_layer: called for each layer, in order, with its index, Q and K (batch, heads, tokens, head_dim). With
                 grouped-query attention K may have fewer heads. It runs with the caller's gradient mode.
 
@@ -72,13 +74,13 @@ class TimmTeacher(Teacher):
             (batch, classes).
 
         Raises:
-            ValueError: images of another size than the model's.
+            ValueError: images of other channels than the model's.
         """
-        if images.shape[1:] != self.input_size:
-            raise ValueError(
-                f"TimmTeacher: {self.name} expected images of (channels, height, width) = {self.input_size}, "
-                f"got {tuple(images.shape[1:])}"
-            )
+        channels, *size = self.input_size
+        if images.shape[1] != channels:
+            raise ValueError(f"TimmTeacher: {self.name} expected images of {channels} channels, got {images.shape[1]}")
+        if list(images.shape[2:]) != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
         images = (images - self.mean) / self.std
         return self._stream(lambda: self.model(images), on_layer)
 

@@ -1,0 +1,107 @@
+"""timm's training recipe where Trainer has none: mixed images, averaged weights, learning rates that fall by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import timm.data
+import timm.optim
+import timm.utils
+from timm.data.mixup import mixup_target
+from torch import Tensor, nn
+
+from cab.config import DataConfig
+from cab.distill.task import DistillationTask
+
+Batch = dict[str, Tensor]
+
+
+def mixing(data: DataConfig, classes: int) -> Callable[[Batch], Batch] | None:
+    """What turns a training batch into mixed images and soft labels; None where the configuration has neither.
+
+    Teacher and student see the same mixed images, and the KL needs no labels; the cross-entropy takes the soft ones.
+    """
+    if data.mixup or data.cutmix:
+        mixup = timm.data.Mixup(
+            mixup_alpha=data.mixup, cutmix_alpha=data.cutmix, label_smoothing=data.smoothing, num_classes=classes
+        )
+
+        def mix(batch: Batch) -> Batch:
+            images, labels = mixup(batch["images"], batch["labels"])
+            return {**batch, "images": images, "labels": labels}
+
+        return mix
+    if data.smoothing:
+        return lambda batch: {**batch, "labels": mixup_target(batch["labels"], classes, smoothing=data.smoothing)}
+    return None
+
+
+class AveragedWeights:
+    """The running average of all that a task trains, by timm's ModelEmaV3; its decay starts low and rises.
+
+    Args:
+        task: on its device.
+        decay: the highest.
+    """
+
+    def __init__(self, task: DistillationTask, decay: float) -> None:
+        self.task = task
+        self.ema = timm.utils.ModelEmaV3(self._trained(), decay=decay, use_warmup=True)
+
+    def update(self, step: int) -> None:
+        """Take in the weights after ``step`` steps."""
+        self.ema.update(self._trained(), step=step)
+
+    @property
+    def module(self) -> nn.Module:
+        """Holds the averages, for a checkpoint."""
+        return self.ema.module
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The task runs on the averages inside."""
+        own = dict(self._trained().items())
+        self._put(dict(cast(Any, self.module).items()))
+        try:
+            yield
+        finally:
+            self._put(own)
+
+    def keep(self) -> None:
+        """Copy the averages into the task, at the end of its training."""
+        self._trained().load_state_dict(self.module.state_dict())
+
+    def _trained(self) -> nn.ModuleDict:
+        held = {"student": self.task.student, "bridges": self.task.bridges}
+        return nn.ModuleDict({name: module for name, module in held.items() if module is not None})
+
+    def _put(self, modules: dict[str, nn.Module]) -> None:
+        for name, module in modules.items():
+            setattr(self.task, name, module)
+
+
+def layer_decay_groups(
+    task: DistillationTask, lr: float, weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """The optimiser's groups: a layer of the student learns ``layer_decay`` times as fast as the one above it.
+
+    The head and the bridges learn at ``lr``. What weight decay would spoil is spared.
+    """
+    student = task.student
+    groups = timm.optim.param_groups_layer_decay(
+        student, weight_decay, no_weight_decay_list=student.no_weight_decay(), layer_decay=layer_decay
+    )
+    found = [
+        {"params": group["params"], "weight_decay": group["weight_decay"], "lr": lr * group["lr_scale"]}
+        for group in groups
+    ]
+    if task.bridges is not None:
+        spared = task.bridges.no_weight_decay()
+        named = list(task.bridges.named_parameters())
+        found += [
+            {"params": [value for name, value in named if (name in spared) == exempt], "weight_decay": decay, "lr": lr}
+            for exempt, decay in ((False, weight_decay), (True, 0.0))
+        ]
+    return found
