@@ -20,7 +20,7 @@ KERNELS = {
 
 def spec(module: str, kernel: str, *, options_on: bool, dstate: int, layout: int, native: bool) -> dict:
     """All options on and B and C variable, or all options off and B and C constant."""
-    module = f"cab_kernels.scan.{module}"
+    module = f"cab_kernels.scan.{module}_kernels"
     names = list(inspect.signature(getattr(importlib.import_module(module), kernel).fn).parameters)
     tiling = TILINGS[dstate]
     values = {name: getattr(tiling, name) for name in ("S", "R", "NT", "STEPS", "PARTS")}
