@@ -1,9 +1,9 @@
 """The selective scan's speed, forward and backward: ``pytest bench/test_scan.py --benchmark-only [--sweep]``.
 
 The rival is mamba_ssm's CUDA extension: timed beside ours where it is installed, else its recorded figures, on the GPU
-that ``peer_scan_h100.json`` names. The floor is the larger of two times: the bytes that must be read and written once,
-over 3.0 TB/s, a copy's rate on an H100; and an exponential for each batch, channel, step and state, at 16 a clock on
-each of its multiprocessors. All options are on: D, z, delta_bias, softplus.
+that ``recorded/selective_scan_h100.json`` names. The floor is the larger of two times: the bytes that must be read and
+written once, over 3.0 TB/s, a copy's rate on an H100; and an exponential for each batch, channel, step and state, at
+16 a clock on each of its multiprocessors. All options are on: D, z, delta_bias, softplus.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cab_kernels import selective_scan_fn, selective_scan_ref
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from _machine import describe_machine
 
-RECORDED = json.loads(pathlib.Path(__file__).with_name("peer_scan_h100.json").read_text())
+RECORDED = json.loads((pathlib.Path(__file__).parent / "recorded" / "selective_scan_h100.json").read_text())
 COPY_BYTES_PER_MS = 3.0e9
 EXPONENTIALS_PER_MS = 16 * 132 * 1.755e6
 REFERENCE_NUMBERS = 1e9  # the definition keeps the states of a chunk: beyond this, it takes minutes
