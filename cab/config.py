@@ -333,6 +333,7 @@ class Config(Section):
     log_gradients: bool = _option(
         False, "log norms and cosine of the gradients of the KL and of the alignment, 100 times a run"
     )
+    threads: int | None = _option(None, "of PyTorch on the CPU; its own choice where none", at_least=1)
     log_every: int = _option(50, "steps between two entries of the training losses", at_least=1)
     eval_every: int = _option(1000, "steps between two evaluations", at_least=1)
     save_every: int = _option(1000, "steps between two checkpoints", at_least=1)
@@ -459,6 +460,7 @@ PRESETS: Mapping[str, Variant] = types.MappingProxyType(
             "scikit-learn's digits; a small ViT trained on the spot teaches a small Vim on 10 %; minutes on a CPU",
             {
                 "arms": ("soft-kd", "soft-kd-a0", "cab"),
+                "threads": 1,  # its tensors are too small to share: two threads took nearly twice as long
                 "log_every": 5,
                 "eval_every": 25,
                 "save_every": 100,

@@ -121,6 +121,8 @@ def _with_data(folder: Path, data: str | None, length: int | None = None) -> Run
 
 
 def _run(config: RunConfig, folder: Path) -> Run:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     if isinstance(config, LanguageConfig):
         from cab.language_run import LanguageRun
 

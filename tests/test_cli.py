@@ -75,6 +75,13 @@ def test_eval_measures_what_the_run_reported(finished: Path, capsys: pytest.Capt
     ]
 
 
+def test_threads_are_those_of_the_configuration(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    assert main(["eval", str(finished)]) == 0
+    assert threads == [1]
+
+
 def test_attention_of_teacher_and_students_is_compared(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
