@@ -12,15 +12,12 @@ import torch
 from torch import nn
 
 import cab.students.vim  # noqa: F401  registers the students with timm
-from cab.bridge import Bridges
 from cab.config import TeacherConfig, UserError, VisionConfig
-from cab.distill.schedule import AlignmentSchedule, Kind
-from cab.distill.targets import TargetKind
 from cab.distill.task import LossWeights
 from cab.distill.vision import VisionTask
-from cab.layer_map import layer_map
 from cab.refusal import refused
 from cab.students.student import ImageStudent
+from cab.task_options import task_options
 from cab.teachers.timm import TimmTeacher
 
 _SHAPE_OF_TEACHER = ("patch_size", "embed_dim", "depth", "num_heads")
@@ -94,29 +91,9 @@ def distillation_task(config: VisionConfig, teacher: nn.Module | None, classes: 
         classes: of the data.
     """
     student = student_model(config, classes)
-    loss = config.loss
     with refused():
         tapped = TimmTeacher(teacher) if teacher is not None else None
-        bridges = None
-        if tapped is not None and config.bridge.enabled:
-            bridges = Bridges(
-                layers=student.num_layers,
-                directions=student.directions,
-                d_state=student.d_state,
-                hidden=config.bridge.hidden,
-                key_width=tapped.key_width,
-                query_width=tapped.query_width,
-                shared=config.bridge.shared,
-            )
-        return VisionTask(
-            student,
-            tapped,
-            bridges,
-            weights=LossWeights(kd=loss.kl, ce=loss.ce, temperature=loss.temperature),
-            schedule=AlignmentSchedule(cast(Kind, loss.schedule), loss.align, loss.until),
-            targets=cast(TargetKind, config.bridge.targets),
-            layer_map=layer_map(config.bridge.layer_map, student.num_layers, tapped.num_layers) if tapped else None,
-        )
+        return VisionTask(student, tapped, **task_options(config, student, tapped))
 
 
 def supervised_task(model: nn.Module) -> VisionTask:

@@ -18,20 +18,18 @@ from transformers import (
 from transformers import MambaConfig as MambaModelConfig
 from transformers.utils import logging
 
-from cab.bridge import Bridges
 from cab.config import LanguageConfig, UserError
 from cab.data.language import HuggingFaceTokens, load
 from cab.distill.language import LanguageTask
-from cab.distill.schedule import AlignmentSchedule, Kind
-from cab.distill.targets import TargetKind
 from cab.distill.task import DistillationTask, LossWeights
 from cab.distill.token_losses import Divergence, DivergenceKind
-from cab.layer_map import layer_map, proportional
+from cab.layer_map import proportional
 from cab.refusal import refused
 from cab.report import PERPLEXITY
 from cab.run import Run
 from cab.students.from_teacher import start_from_teacher
 from cab.students.language import LanguageStudent, PlainLanguageModel
+from cab.task_options import task_options
 from cab.teachers.huggingface import HuggingFaceTeacher
 
 STUDENT = "student"
@@ -99,25 +97,10 @@ class LanguageRun(Run):
                     f"got {arm.data.length}"
                 )
             student = self._student(arm, tapped)
-            bridges = None
-            if tapped is not None and arm.bridge.enabled:
-                bridges = Bridges(
-                    layers=student.num_layers,
-                    directions=student.directions,
-                    d_state=student.d_state,
-                    hidden=arm.bridge.hidden,
-                    key_width=tapped.key_width,
-                    query_width=tapped.query_width,
-                    shared=arm.bridge.shared,
-                )
             return LanguageTask(
                 student,
                 tapped,
-                bridges,
-                weights=LossWeights(kd=loss.kl, ce=loss.ce, temperature=loss.temperature),
-                schedule=AlignmentSchedule(cast(Kind, loss.schedule), loss.align, loss.until),
-                targets=cast(TargetKind, arm.bridge.targets),
-                layer_map=layer_map(arm.bridge.layer_map, student.num_layers, tapped.num_layers) if tapped else None,
+                **task_options(arm, student, tapped),
                 divergence=Divergence(cast(DivergenceKind, loss.divergence), loss.beta, loss.top_k),
                 tokens=self.tokens.size,
             )

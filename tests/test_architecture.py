@@ -42,6 +42,7 @@ TOP = {"cab", "cab.__main__", "cab.build", "cab.cli", "cab.graphed", "cab.report
     "cab.language_run",
     "cab.recipe",
     "cab.run",
+    "cab.task_options",
     "cab.vision_run",
 }
 
