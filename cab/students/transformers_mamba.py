@@ -26,11 +26,21 @@ class _KernelForward(nn.Module):
     on_projections: Callable[[Tensor, Tensor], None] | None = None  # shown B and C, (batch, tokens, state) each
 
     def forward(
-        self, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        *,
+        cache_params: Any = None,
+        **kwargs: Any,
     ) -> Tensor:
-        """Mix (batch, tokens, width); ``attention_mask`` (batch, tokens) is 0 where a token is padding."""
+        """Mix (batch, tokens, width); ``attention_mask`` (batch, tokens) is 0 where a token is padding.
+
+        transformers before 5.24 names the model's cache ``cache_params``.
+        """
         mixer: Any = self
-        cache: Any = None if cache_params is None else cache_params.layers[mixer.layer_idx]
+        caches = cache_params if cache is None else cache
+        cache = None if caches is None else caches.layers[mixer.layer_idx]
         state = None if cache is None else cache.recurrent_states[0]
         one_token = hidden_states.shape[1] == 1 and attention_mask is None and not torch.is_grad_enabled()
         if state is not None and one_token and not cache.record_past:
