@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +20,7 @@ def test_recipe_runs_once_and_gives_the_same_gradients() -> None:
     recomputed = Recomputed()
     with recomputed:
         u = double(x)
-        recomputed.register(u, lambda: double(x.detach()))
+        recomputed.register(u, double, x)
         out = (u.square() * u.T.reshape(3, 4)).sum() + u.transpose(0, 1).exp().sum()
     out.backward()
     assert calls == [True, False]
@@ -25,6 +28,56 @@ def test_recipe_runs_once_and_gives_the_same_gradients() -> None:
     u = 2 * x
     ((u.square() * u.T.reshape(3, 4)).sum() + u.transpose(0, 1).exp().sum()).backward()
     assert torch.equal(gradient, x.grad)
+
+
+def test_backward_leaves_nothing_behind() -> None:
+    """Not even for the garbage collector, which does not run often enough on a GPU's memory."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def double(x: Tensor) -> Tensor:
+        u = 2 * x
+        made.append(weakref.ref(u))
+        return u
+
+    gc.disable()
+    try:
+        x = torch.randn(3, requires_grad=True)
+        recomputed = Recomputed()
+        with recomputed:
+            middle = x.exp()
+            u = double(middle)
+            recomputed.register(u, double, middle)
+            square = u.square()
+            low = u.sin()
+            v = double(low)
+            recomputed.register(v, double, low)
+            out = (square + v.square()).sum()
+        graph = weakref.ref(middle)
+        del recomputed, middle, u, low, v, square
+        assert graph() is not None  # kept for the recipe
+        out.backward()
+        assert len(made) == 4
+        assert [tensor() for tensor in made] == [None] * 4
+        assert graph() is None
+    finally:
+        gc.enable()
+
+
+def test_a_graph_that_is_dropped_leaves_nothing_behind() -> None:
+    def recipe(low: Tensor) -> Tensor:
+        return 2 * low
+
+    x = torch.randn(3, requires_grad=True)
+    recomputed = Recomputed()
+    with recomputed:
+        low = x.sin()
+        u = recipe(low)
+        recomputed.register(u, recipe, low)
+        out = (u * low).sum()  # saves low beside u: its graph has the recipe, which must not have the graph
+    kept = weakref.ref(recipe)
+    del recomputed, recipe, low, u, out
+    gc.collect()
+    assert kept() is None
 
 
 def test_what_is_not_registered_is_kept() -> None:

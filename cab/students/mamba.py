@@ -92,10 +92,10 @@ class BidirectionalMamba(nn.Module):
         recomputed = Recomputed()
         with recomputed:
             u = convolve(x)
-            recomputed.register(u, lambda: convolve(x.detach()))
+            recomputed.register(u, convolve, x)
             low_rank, B, C = x_proj(u.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
             delta = expand(low_rank)
-            recomputed.register(delta, lambda: expand(low_rank.detach()))
+            recomputed.register(delta, expand, low_rank)
             out = selective_scan_fn(
                 u,
                 delta,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ class Recomputed(saved_tensors_hooks):
         recomputed = Recomputed()
         with recomputed:
             u = cheap(x)
-            recomputed.register(u, lambda: cheap(x))
+            recomputed.register(u, cheap, x)
             out = costly(u)      # saves u; backward calls cheap(x) once
 
     Views of a registered tensor count as that tensor. A recipe runs once in a backward pass, without gradients, and
@@ -28,10 +29,29 @@ class Recomputed(saved_tensors_hooks):
     """
 
     def __init__(self) -> None:
-        self._recipes: dict[int, Callable[[], Tensor]] = {}
-        self._made: dict[int, Tensor] = {}
+        recipes: dict[int, Callable[[], Tensor]] = {}
+        made: dict[int, Tensor] = {}
+
+        # Not methods: whoever saves a tensor holds these functions, and a way from them back to the context, or to a
+        # tensor with a graph, would keep everything here alive until the garbage collector happens to run.
+        def pack(tensor: Tensor) -> Tensor | tuple[int, torch.Size, tuple[int, ...], int]:
+            storage = tensor.untyped_storage().data_ptr()
+            if storage not in recipes:
+                return tensor
+            return storage, tensor.shape, tensor.stride(), int(tensor.storage_offset())
+
+        def unpack(packed: Tensor | tuple[int, torch.Size, tuple[int, ...], int]) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            storage, shape, stride, offset = packed
+            if storage not in made:
+                with torch.no_grad():
+                    made[storage] = recipes[storage]()
+            return made[storage].as_strided(shape, stride, offset)
+
+        self._recipes = recipes
         self._stands_back = False
-        super().__init__(self._pack, self._unpack)
+        super().__init__(pack, unpack)
 
     def __enter__(self) -> None:
         self._stands_back = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
@@ -42,21 +62,6 @@ class Recomputed(saved_tensors_hooks):
         if not self._stands_back:
             super().__exit__(*args)
 
-    def register(self, tensor: Tensor, recipe: Callable[[], Tensor]) -> None:
-        """Let ``recipe`` stand for ``tensor``, which fills its storage and is kept by the caller within the context."""
-        self._recipes[tensor.untyped_storage().data_ptr()] = recipe
-
-    def _pack(self, tensor: Tensor) -> Tensor | tuple[int, torch.Size, tuple[int, ...], int]:
-        storage = tensor.untyped_storage().data_ptr()
-        if storage not in self._recipes:
-            return tensor
-        return storage, tensor.shape, tensor.stride(), int(tensor.storage_offset())
-
-    def _unpack(self, packed: Tensor | tuple[int, torch.Size, tuple[int, ...], int]) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        storage, shape, stride, offset = packed
-        if storage not in self._made:
-            with torch.no_grad():
-                self._made[storage] = self._recipes[storage]()
-        return self._made[storage].as_strided(shape, stride, offset)
+    def register(self, tensor: Tensor, recipe: Callable[..., Tensor], *inputs: Tensor) -> None:
+        """Let ``recipe(*inputs)`` stand for ``tensor``, which fills its storage and is kept by the caller until then."""
+        self._recipes[tensor.untyped_storage().data_ptr()] = partial(recipe, *(x.detach() for x in inputs))

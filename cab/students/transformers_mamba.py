@@ -60,10 +60,10 @@ class _KernelForward(nn.Module):
         recomputed = Recomputed()
         with recomputed if cache is None else nullcontext():
             u = convolve(x)
-            recomputed.register(u, lambda: convolve(x.detach()))
+            recomputed.register(u, convolve, x)
             low_rank, B, C = self._project(u)
             delta = expand(low_rank)
-            recomputed.register(delta, lambda: expand(low_rank.detach()))
+            recomputed.register(delta, expand, low_rank)
             scanned = selective_scan_fn(
                 u.transpose(1, 2),
                 delta,
