@@ -13,6 +13,7 @@ one CUDA graph, as the trainer does.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 from collections.abc import Callable
 
@@ -76,6 +77,7 @@ def milliseconds(step: Callable[[], None]) -> float:
 
 
 def measure(student: str, teacher: str, align: bool, batch: int, dtype: torch.dtype, graph: bool) -> None:
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     ms = milliseconds(Step(make_task(student, teacher, align), batch, dtype, graph))
@@ -89,8 +91,8 @@ def measure(student: str, teacher: str, align: bool, batch: int, dtype: torch.dt
     )
 
 
-def profile(student: str, teacher: str, batch: int) -> None:
-    """Phases of the bf16 step by events, and its largest kernels."""
+def profile(student: str, teacher: str, batch: int, count: int) -> None:
+    """Phases of the bf16 step by events, and its ``count`` largest kernels."""
     step = Step(make_task(student, teacher, True), batch, torch.bfloat16, graph=False)
     for _ in range(WARMUP):
         step()
@@ -113,7 +115,7 @@ def profile(student: str, teacher: str, batch: int) -> None:
     total = sum(event.self_device_time_total for event in kernels) / 1000
     launches = sum(event.count for event in kernels)
     print(f"{launches} launches, {total:.1f} ms on the device:")
-    for event in kernels[:24]:
+    for event in kernels[:count]:
         print(f"  {event.self_device_time_total / 1000:7.2f} ms {event.count:5d} x {event.key[:110]}")
 
 
@@ -122,7 +124,8 @@ def main() -> None:
     parser.add_argument("--student", default="vim_tiny_patch16_224")
     parser.add_argument("--teacher", default="deit_tiny_patch16_224")
     parser.add_argument("--batch", type=int, nargs="+", default=[128, 8])
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--dtype", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
+    parser.add_argument("--profile", metavar="KERNELS", nargs="?", type=int, const=24, default=0)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("expected a CUDA GPU, got none")
@@ -131,12 +134,12 @@ def main() -> None:
     print("| loss | batch | dtype | how | ms | images/s | peak GiB |")
     print("|---|---|---|---|---|---|---|")
     for batch in args.batch:
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (getattr(torch, name) for name in args.dtype):
             for align in (False, True):
                 for graph in (False, True):
                     measure(args.student, args.teacher, align, batch, dtype, graph)
     if args.profile:
-        profile(args.student, args.teacher, args.batch[0])
+        profile(args.student, args.teacher, args.batch[0], args.profile)
 
 
 if __name__ == "__main__":

@@ -52,13 +52,10 @@ def test_backward_leaves_nothing_behind() -> None:
             v = double(low)
             recomputed.register(v, double, low)
             out = (square + v.square()).sum()
-        graph = weakref.ref(middle)
         del recomputed, middle, u, low, v, square
-        assert graph() is not None  # kept for the recipe
         out.backward()
         assert len(made) == 4
         assert [tensor() for tensor in made] == [None] * 4
-        assert graph() is None
     finally:
         gc.enable()
 
@@ -70,7 +67,7 @@ def test_a_graph_that_is_dropped_leaves_nothing_behind() -> None:
     x = torch.randn(3, requires_grad=True)
     recomputed = Recomputed()
     with recomputed:
-        low = x.sin()
+        low = x.exp()  # saves its own result
         u = recipe(low)
         recomputed.register(u, recipe, low)
         out = (u * low).sum()  # saves low beside u: its graph has the recipe, which must not have the graph

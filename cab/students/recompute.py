@@ -37,7 +37,7 @@ class Recomputed(saved_tensors_hooks):
         def pack(tensor: Tensor) -> Tensor | tuple[int, torch.Size, tuple[int, ...], int]:
             storage = tensor.untyped_storage().data_ptr()
             if storage not in recipes:
-                return tensor
+                return tensor.detach()
             return storage, tensor.shape, tensor.stride(), int(tensor.storage_offset())
 
         def unpack(packed: Tensor | tuple[int, torch.Size, tuple[int, ...], int]) -> Tensor:
