@@ -12,7 +12,7 @@ import importlib
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -40,15 +40,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def report(request: pytest.FixtureRequest) -> Iterator[list[str]]:
-    lines: list[str] = []
-    yield lines
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n{describe_machine()}\nRival, where recorded: {RECORDED['machine']}")
-        print("Times and ratios: replayed as a CUDA graph / launched from Python")
-        print("| shape, dtype, layout | what | ms | rival ms | ratio | definition ms | floor ms | of floor |")
-        print("|---|---|---|---|---|---|---|---|")
-        print("\n".join(lines))
+def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Prints a line past pytest's capture, as soon as it is known."""
+
+    def write(line: str) -> None:
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(line, flush=True)
+
+    write(f"\n{describe_machine()}\nRival, where recorded: {RECORDED['machine']}")
+    write("Times and ratios: replayed as a CUDA graph / launched from Python")
+    write("| shape, dtype, layout | what | ms | rival ms | ratio | definition ms | floor ms | of floor |")
+    write("|---|---|---|---|---|---|---|---|")
+    return write
 
 
 def make_inputs(batch: int, dim: int, length: int, dstate: int, dtype: torch.dtype, layout: str) -> dict:
@@ -124,7 +127,9 @@ def time_eager(scan: Callable, inputs: dict) -> tuple[float, float]:
 def time_both(scan: Callable, inputs: dict) -> Times:
     leaves, stream = list(inputs.values()), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # backward runs on the stream that forward ran on, and a graph wants it to be its own
+    with torch.cuda.stream(
+        stream
+    ):  # backward runs on the stream that forward ran on, and a graph wants it to be its own
         out = scan(**inputs, delta_softplus=True)
         dout = torch.randn_like(out)
 
@@ -154,7 +159,7 @@ def checked() -> None:
     check()
 
 
-def test_scan(name: str, layout: str, benchmark, report: list[str]) -> None:
+def test_scan(name: str, layout: str, benchmark, report: Callable[[str], None]) -> None:
     sizes, states, dtype_name = name.split()
     batch, dim, length = map(int, sizes.split("x"))
     dstate, dtype = int(states[1:]), getattr(torch, dtype_name)
@@ -170,7 +175,7 @@ def test_scan(name: str, layout: str, benchmark, report: list[str]) -> None:
     floor = floors(batch, dim, length, dstate, dtype.itemsize)
     for i, what in enumerate(("forward", "backward")):
         slow = "-" if definition[i] is None else f"{definition[i]:.1f}"
-        report.append(
+        report(
             f"| {name}, {layout} | {what} | {ours.graph[i]:.4f} / {ours.eager[i]:.4f} "
             f"| {rival.graph[i]:.4f} / {rival.eager[i]:.4f} ({label}) "
             f"| {rival.graph[i] / ours.graph[i]:.2f} / {rival.eager[i] / ours.eager[i]:.2f} | {slow} "

@@ -64,12 +64,13 @@ class BidirectionalMamba(nn.Module):
         Returns:
             The mixed tokens (batch, length, d_model), and B and C of the forward and of the backward direction.
         """
-        x, z = self.in_proj(hidden).transpose(1, 2).chunk(2, dim=1)
+        x, z = (half.transpose(1, 2) for half in self.in_proj(hidden).chunk(2, dim=-1))
         out, projections = self._scan(x, z, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, reverse=False)
         out_b, projections_b = self._scan(
             x, z, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True
         )
-        return self.out_proj(((out + out_b) / 2).transpose(1, 2)), (projections, projections_b)
+        mean = F.linear((out + out_b).transpose(1, 2), self.out_proj.weight / 2)
+        return mean, (projections, projections_b)
 
     def _scan(
         self,

@@ -63,5 +63,5 @@ class Recomputed(saved_tensors_hooks):
             super().__exit__(*args)
 
     def register(self, tensor: Tensor, recipe: Callable[..., Tensor], *inputs: Tensor) -> None:
-        """Let ``recipe(*inputs)`` stand for ``tensor``, which fills its storage and is kept by the caller until then."""
+        """Let ``recipe(*inputs)`` stand for ``tensor``, which fills its storage and lives as long as the context."""
         self._recipes[tensor.untyped_storage().data_ptr()] = partial(recipe, *(x.detach() for x in inputs))

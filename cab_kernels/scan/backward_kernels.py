@@ -26,7 +26,6 @@ from cab_kernels.scan.device_kernels import (
     from_lane,
     jit,
     load_numbers,
-    load_one,
     load_steps,
     log2_int,
     power,
@@ -35,56 +34,30 @@ from cab_kernels.scan.device_kernels import (
     store_steps,
     take_steps,
 )
-from cab_kernels.scan.forward_kernels import channels_of, row_of, sequence_of, source_lane, step_size
+from cab_kernels.scan.forward_kernels import (
+    channels_of,
+    load_matrix,
+    place_in,
+    row_of,
+    sequence_of,
+    source_lane,
+    states_of,
+    step_size,
+    store_matrix,
+)
 
 
 @triton.jit
-def _load_permuted(
-    ptr, base, edge, row, width, lane, state, S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr
-):
-    values = ()
-    for r in tl.static_range(R):
-        channel = base + ((lane % R) ^ r)
-        for j in tl.static_range(NT):
-            at = ptr + (row + channel) * width + state[j]
-            values = values + (load_one(at, (channel < edge) & (state[j] < width), NATIVE).to(tl.float32),)
-    return values
-
-
-@triton.jit
-def _store_permuted(
-    ptr,
-    base,
-    edge,
-    row,
-    width,
-    lane,
-    state,
-    values,
-    S: tl.constexpr,
-    R: tl.constexpr,
-    NT: tl.constexpr,
-    NATIVE: tl.constexpr,
-):
-    for r in tl.static_range(R):
-        channel = base + ((lane % R) ^ r)
-        for j in tl.static_range(NT):
-            at = ptr + (row + channel) * width + state[j]
-            store_one(at, values[r * NT + j], (channel < edge) & (state[j] < width), NATIVE)
-
-
-@triton.jit
-def _fold_channels(values, NT: tl.constexpr, S: tl.constexpr, lane):
+def _fold_channels(values, NT: tl.constexpr, S: tl.constexpr, ORDERS: tl.constexpr, lane):
     """Add dB's NT values and dC's over the warp's channels."""
-    SHARE: tl.constexpr = min(NT, 32 // S)
-    for level in tl.static_range(log2_int(SHARE)):
-        values = fold_permuted(values, 2 * NT // SHARE, SHARE >> (level + 1), lane, S * (SHARE >> (level + 1)))
+    for level in tl.static_range(log2_int(ORDERS)):
+        values = fold_permuted(values, 2 * NT // ORDERS, ORDERS >> (level + 1), lane, S * (ORDERS >> (level + 1)))
     if 32 // S > NT:
-        values = fold_halves(values, 1, lane, S * SHARE)
+        values = fold_halves(values, 1, lane, S * ORDERS)
     if 32 // S > 2 * NT:
         folded = values[0]
         for level in tl.static_range(log2_int(32 // S // (2 * NT))):
-            folded += from_lane(folded, lane ^ (2 * S * SHARE << level))
+            folded += from_lane(folded, lane ^ (2 * S * ORDERS << level))
         values = (folded,)
     return values
 
@@ -96,14 +69,14 @@ def _selective_scan_bwd_kernel(
     du_ptr, ddelta_ptr, dz_ptr, drows_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, dinitial_ptr,
     strides_u, strides_delta, strides_z, strides_dout, strides_du, strides_ddelta, strides_dz,
     length, channels, groups, dim, dstate, sequences, chunks, blocks, total_rows,
-    first_block, first_channel, befores_dim,
+    first_block, first_channel, befores_dim, parts_width,
     STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_DOUT: tl.constexpr,
     STRIDE_DU: tl.constexpr, STRIDE_DDELTA: tl.constexpr, STRIDE_DZ: tl.constexpr,
     LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_DOUT: tl.constexpr,
     LAYOUT_DU: tl.constexpr, LAYOUT_DDELTA: tl.constexpr, LAYOUT_DZ: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
-    SPAN: tl.constexpr, SPLIT: tl.constexpr, PAD: tl.constexpr,
+    ORDERS: tl.constexpr, SPAN: tl.constexpr, SPLIT: tl.constexpr, PAD: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Owns a span of a block of channels of a sequence, or all of its steps unless SPLIT; walks them back.
@@ -114,7 +87,7 @@ def _selective_scan_bwd_kernel(
     N: tl.constexpr = S * NT
     U: tl.constexpr = R * NT
     T: tl.constexpr = STEPS * PARTS
-    SHARE: tl.constexpr = min(NT, 32 // S)
+    WIDTH: tl.constexpr = 2 * ORDERS * N
     PACKED: tl.constexpr = cu_seqlens_ptr is not None
     pid = tl.program_id(0)
     task = (pid // blocks).to(tl.int64)
@@ -139,11 +112,8 @@ def _selective_scan_bwd_kernel(
     row = tl.where(mask, own, 0)
     part = lane % S // R * STEPS
     limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
-    # Which states a lane works on, in an order that lets sums over channels need no selects.
-    state = ()
-    for j in tl.static_range(NT):
-        state = state + (lane % S * NT + (j ^ (lane // S % SHARE)),)
-    A = _load_permuted(A_ptr, base, edge, 0, dstate, lane, state, S, R, NT, NATIVE)
+    state = states_of(lane, S, NT, ORDERS)
+    A = load_matrix(A_ptr, base, edge, 0, dstate, lane, state, S, R, NT, NATIVE)
     D = 0.0
     if D_ptr is not None:
         D = tl.load(D_ptr + row).to(tl.float32)
@@ -151,9 +121,9 @@ def _selective_scan_bwd_kernel(
     if delta_bias_ptr is not None:
         bias = tl.load(delta_bias_ptr + row).to(tl.float32)
     if B_ptr is not None:
-        B_constant = _load_permuted(B_ptr, base, edge, 0, dstate, lane, state, S, R, NT, NATIVE)
+        B_constant = load_matrix(B_ptr, base, edge, 0, dstate, lane, state, S, R, NT, NATIVE)
     if C_ptr is not None:
-        C_constant = _load_permuted(C_ptr, base, edge, 0, dstate, lane, state, S, R, NT, NATIVE)
+        C_constant = load_matrix(C_ptr, base, edge, 0, dstate, lane, state, S, R, NT, NATIVE)
     zeros = ()
     for _ in tl.static_range(U):
         zeros = zeros + (tl.zeros([1, 32], tl.float32),)
@@ -163,11 +133,11 @@ def _selective_scan_bwd_kernel(
     dD = tl.zeros([1, 32], tl.float32)
     dbias = tl.zeros([1, 32], tl.float32)
     if SPLIT:
-        carry = _load_permuted(
+        carry = load_matrix(
             adjoints_ptr, base, edge, (first // SPAN + sequence + span) * dim, N, lane, state, S, R, NT, NATIVE
         )
     elif dlast_ptr is not None:
-        carry = _load_permuted(dlast_ptr, base, edge, sequence * dim, dstate, lane, state, S, R, NT, NATIVE)
+        carry = load_matrix(dlast_ptr, base, edge, sequence * dim, dstate, lane, state, S, R, NT, NATIVE)
     else:
         carry = zeros
 
@@ -182,9 +152,10 @@ def _selective_scan_bwd_kernel(
         z_row = row_of(z_ptr, strides_z, sequence, first, count, row, STRIDE_Z, PACKED)
     if dz_ptr is not None:
         dz_row = row_of(dz_ptr, strides_dz, sequence, first, count, row, STRIDE_DZ, PACKED)
-    rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD) * (2 * N)
+    rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD) * WIDTH
+    rows += lane // S % ORDERS * N + lane % S * NT
     # What the fold over channels leaves in each lane: which of (B, C), and which states.
-    spare = lane // S // SHARE
+    spare = lane // S // ORDERS
     if drows_ptr is not None:
         drows = drows_ptr + ((pid % blocks).to(tl.int64) * total_rows + first + sequence * PAD) * (2 * N)
     top = tl.maximum(begin + (tl.cdiv(end - begin, T) - 1) * T, begin)
@@ -207,11 +178,15 @@ def _selective_scan_bwd_kernel(
         if z_ptr is not None:
             z = take_steps(next_z, STRIDE_Z, STEPS, LAYOUT_Z)
             next_z = load_steps(z_row, then, limit, STRIDE_Z, STEPS, LAYOUT_Z, NATIVE)
-        rows_t = rows + t.to(tl.int64) * (2 * N)
+        rows_t = rows + t.to(tl.int64) * WIDTH
         if drows_ptr is not None:
             drows_t = drows + t.to(tl.int64) * (2 * N)
         before = ((first // T + sequence) + t // T) * befores_dim - first_channel
-        h0 = _load_permuted(befores_ptr, base, edge, before, N, lane, state, S, R, NT, NATIVE)
+        h0 = ()
+        for r in tl.static_range(R):
+            # A channel that is not there reads another's: its steps are of size zero, and nothing of it is stored.
+            channel = tl.minimum(base + ((lane % R) ^ r), edge - 1)
+            h0 = h0 + load_numbers(befores_ptr + (before + channel) * N + lane % S * NT, NT, False, NATIVE)
         dt = ()
         dtu = ()
         dy = ()
@@ -230,15 +205,10 @@ def _selective_scan_bwd_kernel(
         h = h0
         ys = ()
         for k in tl.static_range(T):
-            at = rows_t + k * (2 * N)
             if B_ptr is None:
-                B = ()
-                for j in tl.static_range(NT):
-                    B = B + load_numbers(at + state[j], 1, False, NATIVE)
+                B = load_numbers(rows_t + k * WIDTH, NT, False, NATIVE)
             if dz_ptr is not None and C_ptr is None:
-                C = ()
-                for j in tl.static_range(NT):
-                    C = C + load_numbers(at + (N + state[j]), 1, False, NATIVE)
+                C = load_numbers(rows_t + (k * WIDTH + ORDERS * N), NT, False, NATIVE)
             for r in tl.static_range(R):
                 if B_ptr is not None:
                     B = B_constant[r * NT : (r + 1) * NT]
@@ -271,15 +241,10 @@ def _selective_scan_bwd_kernel(
         dxs = ()
         dexps = ()
         for back_k in tl.static_range(T):
-            at = rows_t + (T - 1 - back_k) * (2 * N)
             if B_ptr is None:
-                B = ()
-                for j in tl.static_range(NT):
-                    B = B + load_numbers(at + state[j], 1, True, NATIVE)
+                B = load_numbers(rows_t + (T - 1 - back_k) * WIDTH, NT, True, NATIVE)
             if C_ptr is None:
-                C = ()
-                for j in tl.static_range(NT):
-                    C = C + load_numbers(at + (N + state[j]), 1, True, NATIVE)
+                C = load_numbers(rows_t + ((T - 1 - back_k) * WIDTH + ORDERS * N), NT, True, NATIVE)
             products_B = ()
             products_C = ()
             carried = ()
@@ -337,15 +302,15 @@ def _selective_scan_bwd_kernel(
                 dC = dC_after
                 products_C = zeros[:NT]
             if drows_ptr is not None:
-                sums = _fold_channels(products_B + products_C, NT, S, lane)
+                sums = _fold_channels(products_B + products_C, NT, S, ORDERS, lane)
                 at = drows_t + (T - 1 - back_k) * (2 * N)
                 if 32 // S > NT:
                     keep = spare < 2
                     store_one(at + (spare % 2 * N + state[0]), sums[0], keep, NATIVE)
                 else:
-                    for i in tl.static_range(NT // SHARE):
-                        store_one(at + state[i * SHARE], sums[i], lane >= 0, NATIVE)
-                        store_one(at + (N + state[i * SHARE]), sums[NT // SHARE + i], lane >= 0, NATIVE)
+                    for i in tl.static_range(NT // ORDERS):
+                        store_one(at + state[i * ORDERS], sums[i], lane >= 0, NATIVE)
+                        store_one(at + (N + state[i * ORDERS]), sums[NT // ORDERS + i], lane >= 0, NATIVE)
         dxs = fold_states(dxs, S, R, STEPS, PARTS, lane)
         dexps = fold_states(dexps, S, R, STEPS, PARTS, lane)
         dus = ()
@@ -364,26 +329,63 @@ def _selective_scan_bwd_kernel(
         if ddelta_ptr is not None:
             store_steps(ddelta_row, now, limit, ddeltas, STRIDE_DDELTA, STEPS, LAYOUT_DDELTA, NATIVE)
 
+    parts = task * parts_width
     if dA_ptr is not None:
         scaled = ()
         for i in tl.static_range(U):
             scaled = scaled + (from_exponent(dA[i], NATIVE),)
-        _store_permuted(dA_ptr, base, edge, task * dim, dstate, lane, state, scaled, S, R, NT, NATIVE)
+        store_matrix(dA_ptr + parts, base, edge, 0, dstate, lane, state, scaled, S, R, NT, NATIVE)
     if B_ptr is not None and dB_ptr is not None:
-        _store_permuted(dB_ptr, base, edge, task * dim, dstate, lane, state, dB, S, R, NT, NATIVE)
+        store_matrix(dB_ptr + parts, base, edge, 0, dstate, lane, state, dB, S, R, NT, NATIVE)
     if C_ptr is not None and dC_ptr is not None:
-        _store_permuted(dC_ptr, base, edge, task * dim, dstate, lane, state, dC, S, R, NT, NATIVE)
+        store_matrix(dC_ptr + parts, base, edge, 0, dstate, lane, state, dC, S, R, NT, NATIVE)
     if dinitial_ptr is not None:
         if span == 0:
-            _store_permuted(dinitial_ptr, base, edge, sequence * dim, dstate, lane, state, carry, S, R, NT, NATIVE)
+            store_matrix(dinitial_ptr, base, edge, sequence * dim, dstate, lane, state, carry, S, R, NT, NATIVE)
     for level in tl.static_range(log2_int(PARTS)):
         dD += from_lane(dD, lane ^ (R << level))
         dbias += from_lane(dbias, lane ^ (R << level))
     first_part = mask & (lane % S < R)
     if dD_ptr is not None:
-        tl.store(dD_ptr + task * dim + row, dD, mask=first_part)
+        tl.store(dD_ptr + parts + row, dD, mask=first_part)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + task * dim + row, dbias, mask=first_part)
+        tl.store(dbias_ptr + parts + row, dbias, mask=first_part)
+
+
+@jit
+def _sum_parts_kernel(
+    parts_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, end_dA, end_dB, end_dC, end_dD, end_dbias, tasks,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Owns BLOCK of the parameters' gradients, side by side: adds up what the tasks gave them, in a fixed order."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.arange(0, ROWS)[:, None]
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for task in range(0, tasks, ROWS):
+        at = parts_ptr + (task + row).to(tl.int64) * end_dbias + column
+        total += tl.load(at, mask=(task + row < tasks) & (column < end_dbias), other=0.0)
+    total = tl.sum(total, 0)
+    if dA_ptr is not None:
+        tl.store(dA_ptr + column, total, mask=column < end_dA)
+    if dB_ptr is not None:
+        tl.store(dB_ptr + (column - end_dA), total, mask=(column >= end_dA) & (column < end_dB))
+    if dC_ptr is not None:
+        tl.store(dC_ptr + (column - end_dB), total, mask=(column >= end_dB) & (column < end_dC))
+    if dD_ptr is not None:
+        tl.store(dD_ptr + (column - end_dC), total, mask=(column >= end_dC) & (column < end_dD))
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + (column - end_dD), total, mask=(column >= end_dD) & (column < end_dbias))
+
+
+@triton.jit
+def _store_rows_to(ptr, strides, batch, group, state, time, inside, dstate, tile, BY_STEP: tl.constexpr):
+    at = place_in(ptr, strides, batch, group, state, time, BY_STEP)
+    if BY_STEP:
+        tile = tl.trans(tile)
+        mask = (state < dstate)[:, None] & inside[None, :]
+    else:
+        mask = inside[:, None] & (state < dstate)[None, :]
+    tl.store(at, tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -404,6 +406,8 @@ def _sum_rows_kernel(
     N: tl.constexpr,
     PAD: tl.constexpr,
     REVERSE: tl.constexpr,
+    dB_BY_STEP: tl.constexpr,
+    dC_BY_STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Owns BLOCK steps of a sequence and group: adds up what the group's blocks of channels gave dB and dC.
@@ -424,29 +428,30 @@ def _sum_rows_kernel(
         batch = sequence * 0
         time = first
     inside = (steps < count)[:, None]
-    which = tl.arange(0, 2 * N)[None, :]
-    row = (first + sequence * PAD + steps[:, None]) * (2 * N) + which
+    state = tl.arange(0, N)
+    row = (first + sequence * PAD + steps[:, None]) * (2 * N) + state[None, :]
     low = tl.maximum(group * blocks, first_block)
     high = tl.minimum((group + 1) * blocks, end_block)
-    total = tl.zeros([BLOCK, 2 * N], tl.float32)
+    total_B = tl.zeros([BLOCK, N], tl.float32)
+    total_C = tl.zeros([BLOCK, N], tl.float32)
     if sums_ptr is not None:
         sums_ptr += group * total_rows * (2 * N) + row
-        total = tl.load(sums_ptr, mask=inside & (first_block > 0), other=0.0)
+        earlier = inside & (first_block > 0)
+        total_B = tl.load(sums_ptr, mask=earlier, other=0.0)
+        total_C = tl.load(sums_ptr + N, mask=earlier, other=0.0)
     at = drows_ptr + (low - first_block) * total_rows * (2 * N) + row
     for _ in tl.range(low, high, loop_unroll_factor=4):
-        total += tl.load(at, mask=inside, other=0.0)
+        total_B += tl.load(at, mask=inside, other=0.0)
+        total_C += tl.load(at + N, mask=inside, other=0.0)
         at += total_rows.to(tl.int64) * (2 * N)
     if sums_ptr is not None:
-        tl.store(sums_ptr, total, mask=inside)
+        tl.store(sums_ptr, total_B, mask=inside)
+        tl.store(sums_ptr + N, total_C, mask=inside)
     if REVERSE:
-        time = (time + count - 1 - steps).to(tl.int64)[:, None]
+        time = (time + count - 1 - steps).to(tl.int64)
     else:
-        time = (time + steps).to(tl.int64)[:, None]
-    state = which % N
-    mask = inside & (state < dstate)
+        time = (time + steps).to(tl.int64)
     if dB_ptr is not None:
-        offs = batch * strides_dB[0] + group * strides_dB[1] + state.to(tl.int64) * strides_dB[2] + time * strides_dB[3]
-        tl.store(dB_ptr + offs, total.to(dB_ptr.dtype.element_ty), mask=mask & (which < N))
+        _store_rows_to(dB_ptr, strides_dB, batch, group, state, time, steps < count, dstate, total_B, dB_BY_STEP)
     if dC_ptr is not None:
-        offs = batch * strides_dC[0] + group * strides_dC[1] + state.to(tl.int64) * strides_dC[2] + time * strides_dC[3]
-        tl.store(dC_ptr + offs, total.to(dC_ptr.dtype.element_ty), mask=mask & (which >= N))
+        _store_rows_to(dC_ptr, strides_dC, batch, group, state, time, steps < count, dstate, total_C, dC_BY_STEP)

@@ -221,22 +221,17 @@ def load_numbers(at, COUNT: tl.constexpr, AGAIN: tl.constexpr, NATIVE: tl.conste
     """
     values = ()
     if NATIVE:
+        LOAD: tl.constexpr = "ld.global.L1::evict_last" if AGAIN else "ld.global.nc"
         if COUNT == 1:
-            if AGAIN:
-                x = tl.inline_asm_elementwise(
-                    "ld.global.L1::evict_last.f32 $0, [$1];", "=r,l", [at], tl.float32, True, 1
-                )
-            else:
-                x = tl.inline_asm_elementwise("ld.global.nc.f32 $0, [$1];", "=r,l", [at], tl.float32, True, 1)
-            values = (x,)
+            values = (tl.inline_asm_elementwise(LOAD + ".f32 $0, [$1];", "=r,l", [at], tl.float32, True, 1),)
         elif COUNT == 2:
             values = tl.inline_asm_elementwise(
-                "ld.global.nc.v2.f32 {$0, $1}, [$2];", "=r,=r,l", [at], (tl.float32, tl.float32), True, 1
+                LOAD + ".v2.f32 {$0, $1}, [$2];", "=r,=r,l", [at], (tl.float32, tl.float32), True, 1
             )
         else:
             for i in tl.static_range(COUNT // 4):
                 values = values + tl.inline_asm_elementwise(
-                    "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];",
+                    LOAD + ".v4.f32 {$0, $1, $2, $3}, [$4];",
                     "=r,=r,=r,=r,l", [at + 4 * i], (tl.float32, tl.float32, tl.float32, tl.float32), True, 1,
                 )  # fmt: skip
     else:

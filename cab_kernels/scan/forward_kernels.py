@@ -91,18 +91,49 @@ def row_of(ptr, strides, sequence, first, end, channel, STRIDE: tl.constexpr, PA
 
 
 @triton.jit
+def states_of(lane, S: tl.constexpr, NT: tl.constexpr, ORDERS: tl.constexpr):
+    """Which states a lane holds: NT neighbours, in one of ORDERS orders, see ``backward_kernels.py``."""
+    states = ()
+    for j in tl.static_range(NT):
+        states = states + (lane % S * NT + (j ^ (lane // S % ORDERS)),)
+    return states
+
+
+@triton.jit
 def load_matrix(
-    ptr, base, end, row, dstate, lane, S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr
+    ptr, base, edge, row, width, lane, states, S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr
 ):
-    """A lane's part of a (channels, dstate) matrix: R x NT numbers, zero beyond its edges."""
+    """A lane's part of a (channels, width) matrix: R x NT numbers, zero beyond its edges."""
     values = ()
     for r in tl.static_range(R):
         channel = base + ((lane % R) ^ r)
         for j in tl.static_range(NT):
-            state = lane % S * NT + j
-            at = ptr + (row + channel) * dstate + state
-            values = values + (load_one(at, (channel < end) & (state < dstate), NATIVE).to(tl.float32),)
+            at = ptr + (row + channel) * width + states[j]
+            values = values + (load_one(at, (channel < edge) & (states[j] < width), NATIVE).to(tl.float32),)
     return values
+
+
+@triton.jit
+def store_matrix(
+    ptr,
+    base,
+    edge,
+    row,
+    width,
+    lane,
+    states,
+    values,
+    S: tl.constexpr,
+    R: tl.constexpr,
+    NT: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """The reverse of ``load_matrix``."""
+    for r in tl.static_range(R):
+        channel = base + ((lane % R) ^ r)
+        for j in tl.static_range(NT):
+            at = ptr + (row + channel) * width + states[j]
+            store_one(at, values[r * NT + j], (channel < edge) & (states[j] < width), NATIVE)
 
 
 @triton.jit
@@ -121,10 +152,11 @@ def source_lane(lane, k, r, S: tl.constexpr, R: tl.constexpr, STEPS: tl.constexp
 
 
 @triton.jit
-def load_rows(rows, T: tl.constexpr, N: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr):
+def load_rows(rows, T: tl.constexpr, WIDTH: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr):
+    """A lane's NT numbers of each of T rows."""
     tiles = ()
     for k in tl.static_range(T):
-        tiles = tiles + (load_numbers(rows + k * 2 * N, NT, False, NATIVE),)
+        tiles = tiles + (load_numbers(rows + k * WIDTH, NT, False, NATIVE),)
     return tiles
 
 
@@ -169,12 +201,13 @@ def _selective_scan_fwd_kernel(
     row = tl.where(mask, own, 0)
     part = lane % S // R * STEPS
     limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
-    A = load_matrix(A_ptr, base, edge, 0, dstate, lane, S, R, NT, NATIVE)
+    states = states_of(lane, S, NT, 1)
+    A = load_matrix(A_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
     slot = first // SPAN + sequence
     if SPLIT:
-        h = load_matrix(states_ptr, base, edge, (slot + begin // SPAN) * dim, N, lane, S, R, NT, NATIVE)
+        h = load_matrix(states_ptr, base, edge, (slot + begin // SPAN) * dim, N, lane, states, S, R, NT, NATIVE)
     elif initial_ptr is not None:
-        h = load_matrix(initial_ptr, base, edge, sequence * dim, dstate, lane, S, R, NT, NATIVE)
+        h = load_matrix(initial_ptr, base, edge, sequence * dim, dstate, lane, states, S, R, NT, NATIVE)
     else:
         h = ()
         for _ in tl.static_range(R * NT):
@@ -186,9 +219,9 @@ def _selective_scan_fwd_kernel(
     if delta_bias_ptr is not None:
         bias = tl.load(delta_bias_ptr + row).to(tl.float32)
     if B_ptr is not None:
-        B_constant = load_matrix(B_ptr, base, edge, 0, dstate, lane, S, R, NT, NATIVE)
+        B_constant = load_matrix(B_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
     if C_ptr is not None:
-        C_constant = load_matrix(C_ptr, base, edge, 0, dstate, lane, S, R, NT, NATIVE)
+        C_constant = load_matrix(C_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
     u_row = row_of(u_ptr, strides_u, sequence, first, count, row, STRIDE_U, PACKED)
     delta_row = row_of(delta_ptr, strides_delta, sequence, first, count, row, STRIDE_DELTA, PACKED)
     out_row = row_of(out_ptr, strides_out, sequence, first, count, row, STRIDE_OUT, PACKED)
@@ -200,9 +233,9 @@ def _selective_scan_fwd_kernel(
         z_row = row_of(z_ptr, strides_z, sequence, first, count, row, STRIDE_Z, PACKED)
         next_z = load_steps(z_row, part + begin, limit, STRIDE_Z, STEPS, LAYOUT_Z, NATIVE)
     if B_ptr is None:
-        next_B = load_rows(rows, T, N, NT, NATIVE)
+        next_B = load_rows(rows, T, 2 * N, NT, NATIVE)
     if C_ptr is None:
-        next_C = load_rows(rows + N, T, N, NT, NATIVE)
+        next_C = load_rows(rows + N, T, 2 * N, NT, NATIVE)
     for span in range(begin, end, SPAN):
         if states_ptr is not None and not SPLIT:
             for r in tl.static_range(R):
@@ -224,10 +257,10 @@ def _selective_scan_fwd_kernel(
             rows += T * 2 * N
             if B_ptr is None:
                 this_B = next_B
-                next_B = load_rows(rows, T, N, NT, NATIVE)
+                next_B = load_rows(rows, T, 2 * N, NT, NATIVE)
             if C_ptr is None:
                 this_C = next_C
-                next_C = load_rows(rows + N, T, N, NT, NATIVE)
+                next_C = load_rows(rows + N, T, 2 * N, NT, NATIVE)
             dt = ()
             dtu = ()
             for i in tl.static_range(STEPS):
@@ -272,12 +305,32 @@ def _selective_scan_fwd_kernel(
                 outs = outs + (y,)
             store_steps(out_row, now, limit, outs, STRIDE_OUT, STEPS, LAYOUT_OUT, NATIVE)
     if last_ptr is not None and end == count:
-        for r in tl.static_range(R):
-            channel = base + ((lane % R) ^ r)
-            for j in tl.static_range(NT):
-                state = lane % S * NT + j
-                at = last_ptr + (sequence * dim + channel) * dstate + state
-                store_one(at, h[r * NT + j], (channel < edge) & (state < dstate), NATIVE)
+        store_matrix(last_ptr, base, edge, sequence * dim, dstate, lane, states, h, S, R, NT, NATIVE)
+
+
+@triton.jit
+def place_in(ptr, strides, batch, group, state, time, BY_STEP: tl.constexpr):
+    """Pointers into a (batch, groups, dstate, length) tensor: a (steps, states) tile, or (states, steps) if BY_STEP.
+
+    BY_STEP says that steps lie side by side in memory: neighbouring threads must have the tile's last axis.
+    """
+    ptr += batch * strides[0] + group * strides[1]
+    state = state.to(tl.int64) * strides[2]
+    time *= strides[3]
+    if BY_STEP:
+        return ptr + state[:, None] + time[None, :]
+    else:
+        return ptr + time[:, None] + state[None, :]
+
+
+@triton.jit
+def _load_rows_of(ptr, strides, batch, group, state, time, inside, dstate, BY_STEP: tl.constexpr):
+    at = place_in(ptr, strides, batch, group, state, time, BY_STEP)
+    if BY_STEP:
+        tile = tl.trans(tl.load(at, mask=(state < dstate)[:, None] & inside[None, :], other=0.0))
+    else:
+        tile = tl.load(at, mask=inside[:, None] & (state < dstate)[None, :], other=0.0)
+    return tile.to(tl.float32)
 
 
 @jit
@@ -292,11 +345,17 @@ def _pack_kernel(
     strides_B,
     strides_C,
     N: tl.constexpr,
+    ORDERS: tl.constexpr,
     PAD: tl.constexpr,
     REVERSE: tl.constexpr,
+    B_BY_STEP: tl.constexpr,
+    C_BY_STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Owns BLOCK steps of a sequence and group: lays B and C side by side, in the order of the scan, then zeros."""
+    """Owns BLOCK steps of a sequence and group: lays B and C side by side, in the order of the scan, then zeros.
+
+    Each comes in ORDERS orders: in the q-th, state n stands at ``n ^ q``.
+    """
     steps = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     sequence = tl.program_id(0).to(tl.int64)
     group = tl.program_id(2).to(tl.int64)
@@ -309,17 +368,18 @@ def _pack_kernel(
         count = tl.load(cu_seqlens_ptr + sequence + 1) - first.to(tl.int32)
         batch = sequence * 0
         time = first
-    state = tl.arange(0, N)[None, :]
-    mask = (steps < count)[:, None] & (state < dstate)
     if REVERSE:
-        time = (time + count - 1 - steps).to(tl.int64)[:, None]
+        time = (time + count - 1 - steps).to(tl.int64)
     else:
-        time = (time + steps).to(tl.int64)[:, None]
-    at = rows_ptr + (group * total_rows + first + sequence * PAD + steps[:, None]) * (2 * N) + state
-    inside = (steps < count + PAD)[:, None]
+        time = (time + steps).to(tl.int64)
+    state = tl.arange(0, N)
+    at = rows_ptr + (group * total_rows + first + sequence * PAD + steps[:, None]) * (2 * ORDERS * N)
+    padded = (steps < count + PAD)[:, None]
     if B_ptr is not None:
-        offs = batch * strides_B[0] + group * strides_B[1] + state.to(tl.int64) * strides_B[2] + time * strides_B[3]
-        tl.store(at, tl.load(B_ptr + offs, mask=mask, other=0.0).to(tl.float32), mask=inside)
+        B = _load_rows_of(B_ptr, strides_B, batch, group, state, time, steps < count, dstate, B_BY_STEP)
+        for order in tl.static_range(ORDERS):
+            tl.store(at + (order * N + (state ^ order))[None, :], B, mask=padded)
     if C_ptr is not None:
-        offs = batch * strides_C[0] + group * strides_C[1] + state.to(tl.int64) * strides_C[2] + time * strides_C[3]
-        tl.store(at + N, tl.load(C_ptr + offs, mask=mask, other=0.0).to(tl.float32), mask=inside)
+        C = _load_rows_of(C_ptr, strides_C, batch, group, state, time, steps < count, dstate, C_BY_STEP)
+        for order in tl.static_range(ORDERS):
+            tl.store(at + ((ORDERS + order) * N + (state ^ order))[None, :], C, mask=padded)

@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import itertools
 
 import torch
 import triton
 from torch import Tensor
 
 from cab_kernels._backend import interpreting
-from cab_kernels.scan.backward_kernels import _selective_scan_bwd_kernel, _sum_rows_kernel
+from cab_kernels.scan.backward_kernels import _selective_scan_bwd_kernel, _sum_parts_kernel, _sum_rows_kernel
 from cab_kernels.scan.forward_kernels import _pack_kernel, _selective_scan_fwd_kernel
 from cab_kernels.scan.states_kernels import _chain_kernel, _sweep_kernel
 
@@ -20,7 +21,7 @@ class Tiling:
     """How a warp shares out the states: see ``forward_kernels.py``.
 
     ``S`` lanes a channel, ``R`` channels a lane, ``NT`` states a lane; ``PARTS`` x ``STEPS`` steps an iteration, of
-    which a lane owns ``STEPS``.
+    which a lane owns ``STEPS``; at most so many ``registers`` a thread, if not as many as the compiler likes.
     """
 
     S: int
@@ -28,6 +29,7 @@ class Tiling:
     NT: int
     STEPS: int
     PARTS: int
+    registers: int | None = None
 
     @property
     def channels(self) -> int:
@@ -37,9 +39,14 @@ class Tiling:
     def steps(self) -> int:
         return self.STEPS * self.PARTS
 
+    @property
+    def orders(self) -> int:
+        """In how many orders of states backward's lanes share out the sums over channels."""
+        return min(self.NT, 32 // self.S)
 
-# By the number of states, a power of two. On an H100, Triton 3.6, bf16; README.md has shapes, times and what else was
-# tried for 16 states, 64 were timed with this one and one other, and the rest follow from these, untimed.
+
+# By the number of states, a power of two. On an H100 and an H200, Triton 3.6, bf16; README.md has shapes, times and
+# what else was tried for 16 states, 64 were timed with this one and one other, the rest follow from these, untimed.
 TILINGS = {
     1: Tiling(1, 1, 1, 8, 1),
     2: Tiling(1, 1, 2, 8, 1),
@@ -51,10 +58,19 @@ TILINGS = {
     128: Tiling(32, 2, 4, 1, 8),
     256: Tiling(32, 1, 8, 1, 8),
 }
-# Where steps lie side by side in memory, a lane that owns fewer of them loads them better: at 8 x 1536 x 2048, 0.265 ms
-# against 0.310.
-BY_LENGTH = {16: Tiling(8, 2, 2, 2, 4)}
+# Forward with more programs than run at once: fewer registers, and three warps a scheduler instead of two.
+CROWDED = {16: dataclasses.replace(TILINGS[16], registers=168)}
+# Forward where steps lie side by side in memory, which a lane that owns fewer of them loads better, or where programs
+# are few: at 8 x 1536 x 2048, 0.265 and 0.258 ms against 0.310 and 0.273.
+NARROW = {16: Tiling(8, 2, 2, 2, 4)}
+# Backward's two passes, the sweep and the walk back, which hold the same states in a lane: over whole sequences, and
+# by spans.
+WHOLE = {states: (tiling, tiling) for states, tiling in TILINGS.items()}
+WHOLE |= {64: (Tiling(8, 2, 8, 1, 4), Tiling(8, 2, 8, 1, 4))}
+BY_SPAN = WHOLE | {16: (CROWDED[16], dataclasses.replace(CROWDED[16], STEPS=2))}
 SPAN = 128  # steps between the states that forward keeps
+FEW = 800  # programs of one warp: six a multiprocessor
+RESIDENT = 1056  # eight a multiprocessor, as many as 255 registers a thread allow
 FILL_FORWARD = 640  # with fewer programs, forward is faster in pieces, at nearly twice the exponentials
 FILL_PIECES = 4096  # and then in about so many
 FILL_BACKWARD = 2048  # with fewer programs, backward is faster by spans
@@ -95,28 +111,29 @@ class _Call:
         pieces = max(1, triton.cdiv(self.length, steps))
         return self.batch * pieces, pieces
 
-    def activation(self, name: str, tensor: Tensor | None, tiling: Tiling) -> dict[str, object]:
-        """A kernel's arguments for a (batch, dim, length) tensor."""
-        if tensor is None:
+    def activations(self, tensors: dict[str, Tensor | None], tiling: Tiling) -> dict[str, object]:
+        """A kernel's arguments for (batch, dim, length) tensors."""
+        arguments: dict[str, object] = {}
+        for name, tensor in tensors.items():
             strides, stride, layout = None, 1, 0
-        else:
-            *strides, stride = tensor.stride()
-            layout = 0
-            if stride == 1 and strides[1] != 1:
-                bytes_ = tensor.element_size()
-                aligned = (
-                    self.cu_seqlens is None
-                    and self.length % tiling.STEPS == 0
-                    and not any(x * bytes_ % 16 for x in (*strides, tensor.data_ptr() // bytes_))
-                )
-                layout = 2 if aligned else 1
-            strides = tuple(strides)
-        return {
-            f"{name}_ptr": tensor,
-            f"strides_{name}": strides,
-            f"STRIDE_{name.upper()}": -stride if self.reverse else stride,
-            f"LAYOUT_{name.upper()}": layout,
-        }
+            if tensor is not None:
+                *strides, stride = tensor.stride()
+                if stride == 1 and strides[1] != 1:
+                    bytes_ = tensor.element_size()
+                    aligned = (
+                        self.cu_seqlens is None
+                        and self.length % tiling.STEPS == 0
+                        and not any(x * bytes_ % 16 for x in (*strides, tensor.data_ptr() // bytes_))
+                    )
+                    layout = 2 if aligned else 1
+                strides = tuple(strides)
+            arguments |= {
+                f"{name}_ptr": tensor,
+                f"strides_{name}": strides,
+                f"STRIDE_{name.upper()}": -stride if self.reverse else stride,
+                f"LAYOUT_{name.upper()}": layout,
+            }
+        return arguments
 
     def projections(self) -> dict[str, object]:
         return {
@@ -143,12 +160,13 @@ class _Call:
             "num_warps": 1,
             "num_stages": 1,
             "enable_fp_fusion": True,
+            **({"maxnreg": tiling.registers} if self.native and tiling.registers else {}),
         }
 
-    def pack(self) -> None:
-        """Lay B and C out by step, in float32, in the order of the scan."""
+    def pack(self, orders: int = 1) -> None:
+        """Lay B and C out by step, in float32, in the order of the scan, and each in so many orders of its states."""
         B, C = (None if matrix.dim() == 2 else matrix for matrix in (self.B, self.C))
-        self.rows = self.new(self.groups * self.total_rows + PAD, 2, self.N)
+        self.rows = self.new(self.groups * self.total_rows + PAD, 2, orders, self.N)
         if B is None and C is None:
             return
         block = max(16, min(64, 2048 // self.N))
@@ -163,8 +181,11 @@ class _Call:
             strides_B=_strides(B),
             strides_C=_strides(C),
             N=self.N,
+            ORDERS=orders,
             PAD=PAD,
             REVERSE=self.reverse,
+            B_BY_STEP=_by_step(B),
+            C_BY_STEP=_by_step(C),
             BLOCK=block,
             num_warps=4,
             enable_fp_fusion=True,
@@ -203,6 +224,11 @@ def _strides(tensor: Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None else tensor.stride()
 
 
+def _by_step(tensor: Tensor | None) -> bool:
+    """Whether steps, and not states, lie side by side in memory."""
+    return tensor is not None and tensor.stride(3) == 1 and tensor.stride(2) != 1
+
+
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
@@ -217,12 +243,15 @@ def selective_scan_fwd(
     """Run the forward kernel; the last state is empty unless asked for."""
     out, last_state, states = _new_results(u, A, cu_seqlens, return_last_state, keep)
     call = _Call(u, A, B, C, cu_seqlens, delta_softplus, reverse)
-    tiling = TILINGS[call.N]
-    if u.stride(2) == 1:
-        tiling = BY_LENGTH.get(call.N, tiling)
     A, D, delta_bias, initial_state = map(_contiguous, (A, D, delta_bias, initial_state))
+    tiling = TILINGS[call.N]
+    pieces = _pieces(call, call.blocks(tiling))
+    programs = call.blocks(tiling) * call.sequences * pieces
+    if u.stride(2) == 1 or programs < FEW:
+        tiling = NARROW.get(call.N, tiling)
+    elif programs > RESIDENT:
+        tiling = CROWDED.get(call.N, tiling)
     blocks = call.blocks(tiling)
-    pieces = _pieces(call, blocks)
     with _on_device(u):
         call.pack()
         if pieces > 1:
@@ -235,12 +264,9 @@ def selective_scan_fwd(
             **call.projections(),
             A_ptr=A,
             delta_bias_ptr=delta_bias,
-            **call.activation("u", u, tiling),
-            **call.activation("delta", delta, tiling),
-            **call.activation("z", z, tiling),
+            **call.activations({"u": u, "delta": delta, "z": z, "out": out}, tiling),
             D_ptr=D,
             initial_ptr=initial_state,
-            **call.activation("out", out, tiling),
             states_ptr=states if keep or pieces > 1 else None,
             last_ptr=last_state if return_last_state else None,
             chunk=chunk,
@@ -261,10 +287,7 @@ def _sweep_forward(call: _Call, states, u, delta, A, delta_bias, initial_state) 
         **call.projections(),
         A_ptr=A,
         delta_bias_ptr=delta_bias,
-        **call.activation("u", u, sweep),
-        **call.activation("delta", delta, sweep),
-        **call.activation("z", None, sweep),
-        **call.activation("dout", None, sweep),
+        **call.activations({"u": u, "delta": delta, "z": None, "dout": None}, sweep),
         states_ptr=states,
         befores_ptr=None,
         decays_ptr=decays,
@@ -276,6 +299,8 @@ def _sweep_forward(call: _Call, states, u, delta, A, delta_bias, initial_state) 
         befores_dim=0,
         LOCAL=True,
         ADJOINT=False,
+        EVERY=sweep.steps,
+        ORDERS=1,
         **call.shared(sweep),
     )
     call.chain(states, decays, initial_state, False, (0, call.dim))
@@ -295,21 +320,22 @@ def selective_scan_bwd(
 ):  # fmt: skip
     """Run the backward kernels; ``wanted`` says which of the nine tensors from u to initial_state get a gradient."""
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    gradients = [torch.empty_like(x) if want else None for x, want in zip(inputs, wanted, strict=True)]
+    gradients = _new_gradients(inputs, wanted)
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = gradients
     call = _Call(u, A, B, C, cu_seqlens, delta_softplus, reverse)
-    tiling = TILINGS[call.N]
     A, D, delta_bias, dlast_state = map(_contiguous, (A, D, delta_bias, dlast_state))
+    split = call.length > call.span and call.blocks(WHOLE[call.N][1]) * call.sequences < FILL_BACKWARD
+    sweep, tiling = BY_SPAN[call.N] if split else WHOLE[call.N]
     blocks = call.blocks(tiling)
-    split = call.length > call.span and blocks * call.sequences < FILL_BACKWARD
     tasks, chunks = call.tasks(call.span)
     main_tasks = tasks if split else call.sequences
-    parts = {
-        "dA": _parts(call, dA, main_tasks),
-        "dB": _parts(call, dB, main_tasks) if B.dim() == 2 else None,
-        "dC": _parts(call, dC, main_tasks) if C.dim() == 2 else None,
-        "dD": _parts(call, dD, main_tasks),
-        "dbias": _parts(call, ddelta_bias, main_tasks),
+    parameters = {"dA": dA, "dB": dB if B.dim() == 2 else None, "dC": dC if C.dim() == 2 else None}
+    parameters |= {"dD": dD, "dbias": ddelta_bias}
+    ends = list(itertools.accumulate(0 if x is None else x.numel() for x in parameters.values()))
+    parts = call.new(main_tasks, ends[-1])  # what each task adds to the gradients of the parameters
+    places = {
+        f"{name}_ptr": None if gradient is None else parts.view(-1)[end - gradient.numel() :]
+        for (name, gradient), end in zip(parameters.items(), ends, strict=True)
     }
     sum_rows = (dB is not None and B.dim() > 2) or (dC is not None and C.dim() > 2)
     dinitial = None if dinitial_state is None else call.new(*dinitial_state.shape)
@@ -320,10 +346,10 @@ def selective_scan_bwd(
     drows = call.new(per_slice, call.total_rows, 2, call.N) if sum_rows else None
     sums = call.new(call.groups, call.total_rows, 2, call.N) if sum_rows and per_slice < blocks else None
     with _on_device(u):
-        call.pack()
-        shared = {**call.shared(tiling), **call.projections(), "A_ptr": A, "delta_bias_ptr": delta_bias}
-        for name, tensor in {"u": u, "delta": delta, "z": z, "dout": dout}.items():
-            shared |= call.activation(name, tensor, tiling)
+        call.pack(tiling.orders)
+        given = {"u": u, "delta": delta, "z": z, "dout": dout}
+        both = {**call.projections(), "A_ptr": A, "delta_bias_ptr": delta_bias, "ORDERS": tiling.orders}
+        of_sweep, of_main = (call.shared(way) | call.activations(given, way) | both for way in (sweep, tiling))
         width = max(
             first_channels[min(block + per_slice, blocks)] - first_channels[block]
             for block in range(0, blocks, per_slice)
@@ -334,7 +360,7 @@ def selective_scan_bwd(
             channels = first_channels[block], first_channels[block + count]
             place = {"blocks": count, "first_block": block, "first_channel": channels[0], "befores_dim": width}
             _sweep_kernel[(count * tasks,)](
-                **shared,
+                **of_sweep,
                 **place,
                 states_ptr=states,
                 befores_ptr=befores,
@@ -343,21 +369,21 @@ def selective_scan_bwd(
                 chunks=chunks,
                 LOCAL=False,
                 ADJOINT=split,
+                EVERY=tiling.steps,
             )
             if split:
                 call.chain(adjoints, decays, dlast_state, True, channels)
             _selective_scan_bwd_kernel[(count * main_tasks,)](
-                **shared,
+                **of_main,
                 **place,
                 D_ptr=D,
                 befores_ptr=befores,
                 adjoints_ptr=adjoints,
                 dlast_ptr=None if split else dlast_state,
-                **call.activation("du", du, tiling),
-                **call.activation("ddelta", ddelta, tiling),
-                **call.activation("dz", dz, tiling),
+                **call.activations({"du": du, "ddelta": ddelta, "dz": dz}, tiling),
                 drows_ptr=drows,
-                **{f"{name}_ptr": part for name, part in parts.items()},
+                **places,
+                parts_width=ends[-1],
                 dinitial_ptr=dinitial,
                 chunks=chunks,
                 SPLIT=split,
@@ -365,20 +391,20 @@ def selective_scan_bwd(
             if sum_rows:
                 varying = (dB if B.dim() > 2 else None, dC if C.dim() > 2 else None)
                 _sum_rows(call, drows, sums, *varying, blocks, block, block + count)
-    for part, gradient in zip(parts.values(), (dA, dB, dC, dD, ddelta_bias), strict=True):
-        if part is not None:
-            if gradient.dtype == torch.float32:
-                torch.sum(part, 0, out=gradient)
-            else:
-                gradient.copy_(part.sum(0))
+        if ends[-1]:
+            _sum_parts_kernel[(triton.cdiv(ends[-1], 128),)](
+                parts_ptr=parts,
+                **{f"{name}_ptr": gradient for name, gradient in parameters.items()},
+                **{f"end_{name}": end for name, end in zip(parameters, ends, strict=True)},
+                tasks=main_tasks,
+                BLOCK=128,
+                ROWS=8,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
     if dinitial is not None:
         dinitial_state.copy_(dinitial)
     return [gradient for gradient in gradients if gradient is not None]
-
-
-def _parts(call: _Call, gradient: Tensor | None, tasks: int) -> Tensor | None:
-    """Room for what each task adds to the gradient of a parameter."""
-    return None if gradient is None else call.new(tasks, *gradient.shape)
 
 
 def _blocks_at_once(call: _Call, tiling: Tiling, u: Tensor, blocks: int) -> int:
@@ -414,6 +440,8 @@ def _sum_rows(call: _Call, drows, sums, dB, dC, blocks: int, first_block: int, e
         N=call.N,
         PAD=PAD,
         REVERSE=call.reverse,
+        dB_BY_STEP=_by_step(dB),
+        dC_BY_STEP=_by_step(dC),
         BLOCK=block,
         num_warps=4,
         enable_fp_fusion=True,
@@ -429,6 +457,16 @@ def _new_results(u, A, cu_seqlens, return_last_state, keep):
         states = (len(u) * u.shape[2] // max(SPAN, 2 * N) + sequences, A.shape[0], N)
     last_state, kept = (torch.empty(shape, dtype=torch.float32, device=u.device) for shape in (size, states))
     return torch.empty_like(u), last_state, kept
+
+
+def _new_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> list[Tensor | None]:
+    """Of activations in the layout of their inputs; of parameters, which have two axes or one, contiguous."""
+    return [
+        None
+        if x is None or not want
+        else torch.empty_like(x, memory_format=torch.preserve_format if x.dim() > 2 else torch.contiguous_format)
+        for x, want in zip(inputs, wanted, strict=True)
+    ]
 
 
 @torch.library.custom_op("cab_kernels::selective_scan", mutates_args=())
@@ -506,8 +544,8 @@ def selective_scan_backward(
 def _(
     dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, states, softplus, reverse, wanted
 ):
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    return [torch.empty_like(x) for x, want in zip(inputs, wanted, strict=True) if want]
+    gradients = _new_gradients((u, delta, A, B, C, D, z, delta_bias, initial_state), wanted)
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 def _setup_context(ctx, inputs, output):

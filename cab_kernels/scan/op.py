@@ -70,8 +70,9 @@ def selective_scan_fn(
     Returns:
         ``out`` (batch, dim, length) of u's dtype, and with ``return_last_state`` also the last state (batch, dim,
         dstate) of float32 (float64 if an input is). ``out`` is dense with its axes in the order of u's in memory
-        (``torch.empty_like(u)``), and from the kernels each gradient is so for its input. Every input but
-        ``cu_seqlens`` gets its gradient, through both results, once: a second derivative raises.
+        (``torch.empty_like(u)``), and from the kernels each gradient is so for its input, or contiguous if that has
+        two axes or one. Every input but ``cu_seqlens`` gets its gradient, through both results, once: a second
+        derivative raises.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what was expected and what came.

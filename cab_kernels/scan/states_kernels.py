@@ -6,7 +6,6 @@ hands on to ``decay g + adjoint``, adjoint being the sum over the span's steps o
 All spans are swept at once, and ``_chain_kernel`` puts their parts together, one multiply-add a span.
 """
 
-import triton
 import triton.language as tl
 
 from cab_kernels.scan.device_kernels import (
@@ -27,22 +26,10 @@ from cab_kernels.scan.forward_kernels import (
     row_of,
     sequence_of,
     source_lane,
+    states_of,
     step_size,
+    store_matrix,
 )
-
-
-@triton.jit
-def _store_matrix(
-    ptr, base, edge, row, lane, values, S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr
-):
-    """A lane's R x NT numbers of row ``row`` of a (rows, S * NT) float32 buffer."""
-    for r in tl.static_range(R):
-        channel = base + ((lane % R) ^ r)
-        part = ()
-        for j in tl.static_range(NT):
-            part = part + (values[r * NT + j],)
-        at = ptr + (row + channel) * (S * NT) + lane % S * NT
-        store_numbers(at, part, channel < edge, NT, NATIVE)
 
 
 @jit
@@ -56,17 +43,18 @@ def _sweep_kernel(
     LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_DOUT: tl.constexpr,
     SOFTPLUS: tl.constexpr, LOCAL: tl.constexpr, ADJOINT: tl.constexpr,
     S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
-    SPAN: tl.constexpr, PAD: tl.constexpr,
+    ORDERS: tl.constexpr, EVERY: tl.constexpr, SPAN: tl.constexpr, PAD: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Owns a span of a block of channels of a sequence; shared out like the forward kernel.
 
     LOCAL: starts from zero, and writes the part and the decay of its span. Otherwise starts from the state that forward
-    kept, and writes the state before every iteration to befores_ptr, (iterations, befores_dim, N); and if ADJOINT also
-    the span's adjoint and decay.
+    kept, and writes the state before every EVERY steps to befores_ptr, (iterations, befores_dim, N), in the lanes' own
+    order of states; and if ADJOINT also the span's adjoint and decay.
     """
     N: tl.constexpr = S * NT
     T: tl.constexpr = STEPS * PARTS
+    WIDTH: tl.constexpr = 2 * ORDERS * N
     PACKED: tl.constexpr = cu_seqlens_ptr is not None
     pid = tl.program_id(0)
     sequence, span, first, count = sequence_of(pid // blocks, length, chunks, cu_seqlens_ptr, sequences, SPAN)
@@ -78,14 +66,15 @@ def _sweep_kernel(
     part = lane % S // R * STEPS
     limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
     slot = first // SPAN + sequence + span
-    A = load_matrix(A_ptr, base, edge, 0, dstate, lane, S, R, NT, NATIVE)
+    states = states_of(lane, S, NT, ORDERS)
+    A = load_matrix(A_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
     bias = 0.0
     if delta_bias_ptr is not None:
         bias = tl.load(delta_bias_ptr + row).to(tl.float32)
     if B_ptr is not None:
-        B_constant = load_matrix(B_ptr, base, edge, 0, dstate, lane, S, R, NT, NATIVE)
+        B_constant = load_matrix(B_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
     if C_ptr is not None:
-        C_constant = load_matrix(C_ptr, base, edge, 0, dstate, lane, S, R, NT, NATIVE)
+        C_constant = load_matrix(C_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
     zeros = ()
     ones = ()
     for _ in tl.static_range(R * NT):
@@ -94,14 +83,15 @@ def _sweep_kernel(
     if LOCAL:
         h = zeros
     else:
-        h = load_matrix(states_ptr, base, edge, slot * dim, N, lane, S, R, NT, NATIVE)
+        h = load_matrix(states_ptr, base, edge, slot * dim, N, lane, states, S, R, NT, NATIVE)
     decay = ones
     adjoint = zeros
     elapsed = tl.zeros([1, 32], tl.float32)
 
     u_row = row_of(u_ptr, strides_u, sequence, first, count, row, STRIDE_U, PACKED)
     delta_row = row_of(delta_ptr, strides_delta, sequence, first, count, row, STRIDE_DELTA, PACKED)
-    rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD + begin) * (2 * N) + lane % S * NT
+    rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD + begin) * WIDTH
+    rows += lane // S % ORDERS * N + lane % S * NT
     next_u = load_steps(u_row, part + begin, limit, STRIDE_U, STEPS, LAYOUT_U, NATIVE)
     next_delta = load_steps(delta_row, part + begin, limit, STRIDE_DELTA, STEPS, LAYOUT_DELTA, NATIVE)
     if ADJOINT:
@@ -111,9 +101,9 @@ def _sweep_kernel(
             z_row = row_of(z_ptr, strides_z, sequence, first, count, row, STRIDE_Z, PACKED)
             next_z = load_steps(z_row, part + begin, limit, STRIDE_Z, STEPS, LAYOUT_Z, NATIVE)
     if B_ptr is None:
-        next_B = load_rows(rows, T, N, NT, NATIVE)
+        next_B = load_rows(rows, T, WIDTH, NT, NATIVE)
     if ADJOINT and C_ptr is None:
-        next_C = load_rows(rows + N, T, N, NT, NATIVE)
+        next_C = load_rows(rows + ORDERS * N, T, WIDTH, NT, NATIVE)
     for t in range(begin, end, T):
         now = part + t
         u = take_steps(next_u, STRIDE_U, STEPS, LAYOUT_U)
@@ -126,16 +116,13 @@ def _sweep_kernel(
             if z_ptr is not None:
                 z = take_steps(next_z, STRIDE_Z, STEPS, LAYOUT_Z)
                 next_z = load_steps(z_row, now + T, limit, STRIDE_Z, STEPS, LAYOUT_Z, NATIVE)
-        rows += T * 2 * N
+        rows += T * WIDTH
         if B_ptr is None:
             this_B = next_B
-            next_B = load_rows(rows, T, N, NT, NATIVE)
+            next_B = load_rows(rows, T, WIDTH, NT, NATIVE)
         if ADJOINT and C_ptr is None:
             this_C = next_C
-            next_C = load_rows(rows + N, T, N, NT, NATIVE)
-        if not LOCAL:
-            before = ((first // T + sequence) + t // T) * befores_dim - first_channel
-            _store_matrix(befores_ptr, base, edge, before, lane, h, S, R, NT, NATIVE)
+            next_C = load_rows(rows + ORDERS * N, T, WIDTH, NT, NATIVE)
         dt = ()
         dtu = ()
         dy = ()
@@ -150,6 +137,12 @@ def _sweep_kernel(
                     g *= z[i] * sigmoid(z[i], NATIVE)
                 dy = dy + (g,)
         for k in tl.static_range(T):
+            if not LOCAL and k % EVERY == 0:
+                before = ((first // EVERY + sequence) + (t + k) // EVERY) * befores_dim - first_channel
+                for r in tl.static_range(R):
+                    channel = base + ((lane % R) ^ r)
+                    at = befores_ptr + (before + channel) * N + lane % S * NT
+                    store_numbers(at, h[r * NT : (r + 1) * NT], (channel < edge) & (t + k < end), NT, NATIVE)
             if B_ptr is None:
                 B = this_B[k]
             if ADJOINT and C_ptr is None:
@@ -193,11 +186,11 @@ def _sweep_kernel(
                 total = from_lane(elapsed, lane // S * S + ((lane % R) ^ r))
                 for j in tl.static_range(NT):
                     decay = decay + (power(total * A[r * NT + j], NATIVE),)
-            _store_matrix(states_ptr, base, edge, slot * dim, lane, h, S, R, NT, NATIVE)
+            store_matrix(states_ptr, base, edge, slot * dim, N, lane, states, h, S, R, NT, NATIVE)
         if LOCAL or ADJOINT:
-            _store_matrix(decays_ptr, base, edge, slot * dim, lane, decay, S, R, NT, NATIVE)
+            store_matrix(decays_ptr, base, edge, slot * dim, N, lane, states, decay, S, R, NT, NATIVE)
         if ADJOINT:
-            _store_matrix(adjoints_ptr, base, edge, slot * dim, lane, adjoint, S, R, NT, NATIVE)
+            store_matrix(adjoints_ptr, base, edge, slot * dim, N, lane, states, adjoint, S, R, NT, NATIVE)
 
 
 @jit

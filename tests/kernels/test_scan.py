@@ -63,7 +63,10 @@ def test_scratch_is_shared_by_slices_of_the_channels(device, monkeypatch):
 @pytest.fixture
 def short_iterations(monkeypatch):
     """Iterations of two steps: tests of what surrounds the kernels need not wait for steps that are not there."""
-    monkeypatch.setattr(kernels, "TILINGS", {4: Tiling(2, 2, 2, 2, 1)})
+    short = Tiling(2, 2, 2, 2, 1)
+    monkeypatch.setattr(kernels, "TILINGS", {4: short})
+    monkeypatch.setattr(kernels, "WHOLE", {4: (short, short)})
+    monkeypatch.setattr(kernels, "BY_SPAN", {4: (short, Tiling(2, 2, 2, 1, 1))})  # a state every step
 
 
 def test_empty_inputs_give_zero_gradients(device):

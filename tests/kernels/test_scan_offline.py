@@ -14,7 +14,7 @@ ABSENT = ("D", "z", "delta_bias", "initial", "cu_seqlens", "last", "dlast", "sta
 KERNELS = {
     "forward": ("_selective_scan_fwd_kernel", "_pack_kernel"),
     "states": ("_sweep_kernel", "_chain_kernel"),
-    "backward": ("_selective_scan_bwd_kernel", "_sum_rows_kernel"),
+    "backward": ("_selective_scan_bwd_kernel", "_sum_rows_kernel", "_sum_parts_kernel"),
 }
 
 
@@ -24,7 +24,9 @@ def spec(module: str, kernel: str, *, options_on: bool, dstate: int, layout: int
     names = list(inspect.signature(getattr(importlib.import_module(module), kernel).fn).parameters)
     tiling = TILINGS[dstate]
     values = {name: getattr(tiling, name) for name in ("S", "R", "NT", "STEPS", "PARTS")}
-    values |= {"SPAN": 512, "PAD": PAD, "N": dstate, "BLOCK": 16, "AHEAD": 8, "NATIVE": native}
+    values |= {"SPAN": 512, "PAD": PAD, "N": dstate, "BLOCK": 16, "AHEAD": 8, "ROWS": 8, "NATIVE": native}
+    values |= {"ORDERS": tiling.orders, "EVERY": tiling.steps}
+    values |= dict.fromkeys(("B_BY_STEP", "dB_BY_STEP"), options_on) | dict.fromkeys(("C_BY_STEP", "dC_BY_STEP"), False)
     values |= dict.fromkeys(("SOFTPLUS", "REVERSE", "SPLIT", "ADJOINT", "BACKWARD"), options_on)
     values |= {"LOCAL": not options_on}
     for name in ACTIVATIONS:
