@@ -3,10 +3,11 @@
 In code written for those packages, import from here instead::
 
     from cab_kernels.compat import causal_conv1d_fn, causal_conv1d_update
-    from cab_kernels.compat import mamba_inner_fn, selective_scan_fn, selective_state_update
+    from cab_kernels.compat import mamba_inner_fn, rms_norm_fn, selective_scan_fn, selective_state_update
 
-``selective_scan_fn``, ``selective_state_update`` and ``causal_conv1d_update`` are this package's own functions, whose
-signatures begin with those of the originals. What differs from the originals is what they lack: mixed dtypes, any
+``rms_norm_fn``, ``selective_scan_fn``, ``selective_state_update`` and ``causal_conv1d_update`` are this package's own
+functions, whose signatures begin with those of the originals; what follows ``residual`` in ``rms_norm_fn`` goes by
+name, and its dropout and second norm are not here. What differs from the originals is what they lack: mixed dtypes, any
 strides, CPU tensors, and a gradient through the last state. A complex ``A`` raises ``NotImplementedError``.
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from cab_kernels.conv import causal_conv1d_fn as _causal_conv1d_fn
 from cab_kernels.conv import causal_conv1d_update
+from cab_kernels.norm import rms_norm_fn
 from cab_kernels.scan.op import selective_scan_fn
 from cab_kernels.scan.step import selective_state_update
 
@@ -26,6 +28,7 @@ __all__ = [
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "mamba_inner_fn",
+    "rms_norm_fn",
     "selective_scan_fn",
     "selective_state_update",
 ]

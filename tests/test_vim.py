@@ -95,6 +95,52 @@ def test_forward_is_the_same_with_and_without_projections() -> None:
     assert torch.equal(student(images), student.forward_with_projections(images)[0])
 
 
+def tokens_with_pytorchs_norm(student: VisionMamba, images: Tensor) -> Tensor:
+    """The tokens before the head, block by block: the stream, plus the mixer's result for its norm."""
+    patches = student.patch_embed(images)
+    cls = student.cls_token.expand(len(images), -1, -1)
+    stream = torch.cat((patches[:, :8], cls, patches[:, 8:]), dim=1) + student.pos_embed
+    for block in student.layers:
+        stream = stream + block.mixer(F.rms_norm(stream, (16,), block.norm.weight, 1e-5))[0]
+    return F.rms_norm(stream, (16,), student.norm_f.weight, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tokens_and_gradients_are_those_of_addition_and_pytorchs_norm(dtype: torch.dtype) -> None:
+    student, images = micro().to(dtype), torch.rand(2, 3, 8, 8, dtype=dtype)
+    with torch.no_grad():
+        for block in student.layers:
+            block.norm.weight.uniform_(0.5, 1.5)
+    parameters = [parameter for name, parameter in student.named_parameters() if not name.startswith("head")]
+    results = []
+    for tokens in (student.forward_features(images), tokens_with_pytorchs_norm(student, images)):
+        assert tokens.dtype == dtype
+        results.append((tokens, *torch.autograd.grad(tokens.square()[:, ::3].sum(), parameters)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16 model", "autocast"])
+def test_stream_is_float32_and_the_mixers_input_16_bits(autocast: bool) -> None:
+    student, dtypes = micro(), []
+    for block in student.layers:
+        block.norm.register_forward_hook(lambda _, inputs, outputs: dtypes.append([t.dtype for t in outputs]))
+    images = torch.rand(2, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        student(images) if autocast else student.bfloat16()(images.bfloat16())
+    assert dtypes == [[torch.bfloat16, torch.float32]] * 3
+
+
+def test_dropped_paths_add_nothing() -> None:
+    student, images = micro(drop_path_rate=0.1).train(), torch.rand(2, 3, 8, 8)
+    for block in student.layers:
+        block.drop_path.drop_prob = 1.0
+    streams = []
+    student.norm_f.register_forward_hook(lambda _, inputs, outputs: streams.append(outputs[1]))
+    student.layers[0].norm.register_forward_hook(lambda _, inputs, outputs: streams.append(outputs[1]))
+    student(images)
+    assert torch.equal(*streams)
+
+
 def linear_attention(mixer: BidirectionalMamba, hidden: Tensor) -> Tensor:
     """The mixer with decay 1, written as the masked product of C and B, direction by direction, with flips."""
     x, z = mixer.in_proj(hidden).chunk(2, dim=-1)

@@ -18,20 +18,49 @@ from torch import Tensor, nn
 from cab.students.mamba import AInit, BidirectionalMamba
 from cab.students.student import ImageStudent, Projections
 from cab.token_map import TokenLayout
+from cab_kernels import rms_norm_fn
+
+
+class AddNorm(nn.Module):
+    """What a block has to add to the residual stream is added, and the sum normalised (RMSNorm), in one pass."""
+
+    def __init__(self, d_model: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The normalised sum, in the dtype in which a linear layer wants it, and the sum, float32 at least."""
+        normed, residual_out = rms_norm_fn(
+            hidden, self.weight, residual=residual, eps=self.eps, prenorm=True, residual_in_fp32=True
+        )
+        return normed, residual_out
 
 
 class Block(nn.Module):
-    """A pre-norm residual block around the mixer; the residual stream is float32 at least."""
+    """A pre-norm residual block around the mixer. What it adds to the stream is added by the norm after it."""
 
     def __init__(self, d_model: int, d_state: int, drop_path: float, a_init: AInit) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(d_model, eps=1e-5)
+        self.norm = AddNorm(d_model)
         self.mixer = BidirectionalMamba(d_model, d_state=d_state, a_init=a_init)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, residual: Tensor) -> tuple[Tensor, tuple[Projections, Projections]]:
-        mixed, projections = self.mixer(self.norm(residual.to(self.norm.weight.dtype)))
-        return residual + self.drop_path(mixed), projections
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[Projections, Projections]]:
+        """Mix the tokens of the stream.
+
+        Args:
+            hidden: (batch, length, d_model), what is still to be added to the stream.
+            residual: (batch, length, d_model), the stream; None before the first block.
+
+        Returns:
+            What is to be added next, the stream, and B and C of the forward and of the backward direction.
+        """
+        normed, residual = self.norm(hidden, residual)
+        mixed, projections = self.mixer(normed)
+        return self.drop_path(mixed), residual, projections
 
 
 class VisionMamba(ImageStudent):
@@ -88,7 +117,7 @@ class VisionMamba(ImageStudent):
         self.pos_drop = nn.Dropout(drop_rate)
         drops = [drop_path_rate * layer / max(depth - 1, 1) for layer in range(depth)]
         self.layers = nn.ModuleList(Block(embed_dim, d_state, drop, a_init) for drop in drops)
-        self.norm_f = nn.RMSNorm(embed_dim, eps=1e-5)
+        self.norm_f = AddNorm(embed_dim)
         self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self._init_weights()
         self.register_load_state_dict_pre_hook(_resample_position_embedding)
@@ -155,13 +184,12 @@ class VisionMamba(ImageStudent):
         patches = self.patch_embed(images)
         before, after = patches.tensor_split([self.token_layout.cls], dim=1)
         cls = self.cls_token.to(patches.dtype).expand(len(patches), -1, -1)
-        residual = self.pos_drop(torch.cat((before, cls, after), dim=1) + self.pos_embed)
-        residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        hidden, residual = self.pos_drop(torch.cat((before, cls, after), dim=1) + self.pos_embed), None
         projections = []
         for block in self.layers:
-            residual, of_block = block(residual)
+            hidden, residual, of_block = block(hidden, residual)
             projections.append(of_block)
-        return self.norm_f(residual.to(self.norm_f.weight.dtype)), projections
+        return self.norm_f(hidden, residual)[0], projections
 
 
 def _resample_position_embedding(model: VisionMamba, state: dict[str, Tensor], prefix: str, *_: Any) -> None:

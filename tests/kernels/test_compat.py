@@ -16,6 +16,7 @@ SIGNATURES = {
     "selective_state_update": "state x dt A B C D z dt_bias dt_softplus state_batch_indices",
     "causal_conv1d_fn": "x weight bias seq_idx initial_states return_final_states final_states_out activation",
     "causal_conv1d_update": "x conv_state weight bias activation cache_seqlens conv_state_indices",
+    "rms_norm_fn": "x weight bias residual",
     "mamba_inner_fn": (
         "xz conv1d_weight conv1d_bias x_proj_weight delta_proj_weight out_proj_weight out_proj_bias A B C D delta_bias "
         "B_proj_bias C_proj_bias delta_softplus checkpoint_lvl b_rms_weight c_rms_weight dt_rms_weight b_c_dt_rms_eps"
