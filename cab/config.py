@@ -190,10 +190,11 @@ class TextConfig(Section):
         "teacher", "bytes, teacher (the teacher's own), or a Hugging Face tokenizer by name or path"
     )
     length: int = _option(1024, "tokens of a sequence", at_least=2)
-    boundaries: str = _option(
-        "crossed",
-        "crossed (documents follow one another in a sequence) or kept (a sequence ends with its document)",
-        choices=("crossed", "kept"),
+    packing: str = _option(
+        "concatenated",
+        "documents of a sequence: concatenated (one after the other, each seeing those before it), isolated (the same, "
+        "none seeing another) or padded (only one, and padding behind it)",
+        choices=("concatenated", "isolated", "padded"),
     )
     limit: int | None = _option(None, "characters to read at most; all where none", at_least=1)
     held_out: float = _option(0.05, "share of the documents for the test", above=0, at_most=0.5)
@@ -396,6 +397,10 @@ class LanguageConfig(Config):
             raise UserError("expected data.path, a file or folder with text, got none")
         if self.teacher.name is None and not self.teacher.steps:
             raise UserError("expected teacher.name, or teacher.steps to train a teacher on the text, got neither")
+        if self.data.packing == "isolated" and self.student.name == "mamba2":
+            raise UserError("expected data.packing=concatenated or padded for student.name=mamba2, got 'isolated'")
+        if self.data.packing == "isolated" and self.graph:
+            raise UserError("expected graph=false for data.packing=isolated, whose documents vary in number, got true")
         if self.optim.layer_decay != 1:
             raise UserError(f"expected optim.layer_decay=1 for a language model, got {self.optim.layer_decay}")
         if self.data.tokenizer == "teacher" and self.teacher.name is None:

@@ -96,6 +96,11 @@ class LanguageRun(Run):
                     f"expected data.length of at most {tapped.max_length}, the positions of {tapped.name}, "
                     f"got {arm.data.length}"
                 )
+            if tapped is not None and arm.data.packing == "isolated" and not tapped.packs:
+                raise UserError(
+                    f"expected data.packing=concatenated or padded for {tapped.name}, which does not keep the "
+                    "documents of a sequence apart, got 'isolated'"
+                )
             student = self._student(arm, tapped)
             return LanguageTask(
                 student,

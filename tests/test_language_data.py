@@ -7,7 +7,16 @@ import torch
 
 from cab.config import TextConfig, UserError
 from cab.data.documents import documents
-from cab.data.language import ByteTokens, HuggingFaceTokens, Kept, Packed, Windows, load
+from cab.data.language import (
+    ByteTokens,
+    Concatenated,
+    HuggingFaceTokens,
+    Isolated,
+    Padded,
+    Windows,
+    end_to_end,
+    load,
+)
 
 TEXTS = ["first document", "second, with ünïcode", "third"]
 
@@ -133,15 +142,29 @@ def test_a_tokenizer_of_transformers(tmp_path: Path) -> None:
         HuggingFaceTokens(f"{tmp_path}/no")
 
 
-def test_packed_sequences_cross_documents() -> None:
-    rows = Packed(torch.arange(11, dtype=torch.int32), 4)
+def test_concatenated_documents_cross_sequences() -> None:
+    rows = Concatenated(end_to_end([range(7), range(7, 11)]), 4)
     assert [row["input_ids"].tolist() for row in (rows[0], rows[1])] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert len(rows) == 2
     assert rows[1]["labels"].tolist() == [4, 5, 6, 7]
 
 
-def test_kept_documents_share_no_sequence() -> None:
-    rows = Kept([[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12, 13]], 4)
+def test_isolated_documents_count_their_own_positions() -> None:
+    """Documents of six, two, one and four tokens; the first is cut, and its rest begins anew."""
+    rows = Isolated(end_to_end([range(6), range(6, 8), [8], range(9, 13)]), 4)
+    seen = [
+        tuple(row[name].tolist() for name in ("input_ids", "position_ids", "labels"))
+        for row in map(rows.__getitem__, range(len(rows)))
+    ]
+    assert seen == [
+        ([0, 1, 2, 3], [0, 1, 2, 3], [-100, 1, 2, 3]),
+        ([4, 5, 6, 7], [0, 1, 0, 1], [-100, 5, -100, 7]),
+        ([8, 9, 10, 11], [0, 0, 1, 2], [-100, -100, 10, 11]),
+    ]
+
+
+def test_padded_documents_share_no_sequence() -> None:
+    rows = Padded(end_to_end([[1, 2, 3, 4, 5, 6], [0], [7, 8], [9, 10, 11, 12, 13]]), 4)
     seen = [
         (row["input_ids"].tolist(), row["attention_mask"].tolist()) for row in map(rows.__getitem__, range(len(rows)))
     ]
@@ -170,11 +193,14 @@ def test_documents_are_held_out_whole(tmp_path: Path) -> None:
     assert (splits.test_tokens, splits.train_tokens) == (20, 180)
     assert set(splits.test.stream.tolist()) & set(splits.train.stream.tolist()) == {256}
     assert splits.test.stream.tolist() == load(config).test.stream.tolist()
-    assert load(TextConfig(path=str(tmp_path), tokenizer="bytes", length=10, boundaries="kept"))[0][0].keys() == {
+    assert load(TextConfig(path=str(tmp_path), tokenizer="bytes", length=10, packing="padded"))[0][0].keys() == {
         "input_ids",
         "labels",
         "attention_mask",
     }
+    assert (
+        "position_ids" in load(TextConfig(path=str(tmp_path), tokenizer="bytes", length=10, packing="isolated"))[0][0]
+    )
 
 
 def test_of_a_single_document_the_end_is_held_out(tmp_path: Path) -> None:

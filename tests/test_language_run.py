@@ -131,7 +131,7 @@ def test_mamba2_from_a_teacher_by_name(finished: Path, tmp_path: Path) -> None:
         "data.name=files",
         f"data.path={tmp_path / 'text.jsonl'}",
         "data.tokenizer=bytes",
-        "data.boundaries=kept",
+        "data.packing=padded",
         "student.name=mamba2",
         "student.head_dim=8",
         "student.groups=2",
@@ -142,6 +142,16 @@ def test_mamba2_from_a_teacher_by_name(finished: Path, tmp_path: Path) -> None:
         type(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "cab" / "student")).__name__ == "Mamba2ForCausalLM"
     )
     assert rows_of(tmp_path / "run")["teacher"]["seconds"] is None
+
+
+def test_isolated_documents_from_teacher_to_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*distill("arms=cab", "data.packing=isolated"), "--out", str(tmp_path / "run")]) == 0
+    assert rows_of(tmp_path / "run")["cab"]["alignment"] > 0
+    make("bloom", vocab_size=264).save_pretrained(tmp_path / "bloom")
+    settings = ("data.packing=isolated", "teacher.steps=0", f"teacher.name={tmp_path / 'bloom'}")
+    assert main([*distill(*settings), "--out", str(tmp_path / "other")]) == 2
+    expected = f"expected data.packing=concatenated or padded for {tmp_path / 'bloom'}, which does not keep"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"cab distill: {expected}")
 
 
 def test_the_loss_is_that_of_the_configuration(tmp_path: Path) -> None:
@@ -173,6 +183,11 @@ def test_the_loss_is_that_of_the_configuration(tmp_path: Path) -> None:
         (["data.length=300"], "expected test text of at least data.length=300 tokens, got 200"),
         (["student.name=mamba3"], "expected student.name to be one of mamba, mamba2, got 'mamba3'"),
         (["student.name=mamba2", "student.head_dim=5"], "expected sizes of a mamba2 model, got: student.expand * stud"),
+        (
+            ["data.packing=isolated", "student.name=mamba2"],
+            "expected data.packing=concatenated or padded for student.name=mamba2, got 'isolated'",
+        ),
+        (["data.packing=isolated", "graph=true"], "expected graph=false for data.packing=isolated, whose documents"),
         (["data.image_size=8"], "expected a known key, got 'data.image_size'"),
     ],
 )

@@ -109,6 +109,14 @@ def test_reentrant_checkpointing_is_refused() -> None:
         student.forward_with_projections(ids())
 
 
+def test_packed_documents_that_cannot_be_kept_apart() -> None:
+    positions = torch.arange(11).expand(2, 11)
+    with pytest.raises(ValueError, match="expected Mamba blocks and no padding with packed documents, got Mamba2For"):
+        LanguageStudent(make("mamba2"))(ids(), position_ids=positions)
+    with pytest.raises(ValueError, match="expected Mamba blocks and no padding with packed documents, got both"):
+        LanguageStudent(make("mamba"))(ids(), torch.ones(2, 11), positions)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_start_at_linear_attention(family: str) -> None:
     """With A ~ 0 the state forgets nothing: it is the sum of all that came in."""

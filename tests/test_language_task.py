@@ -107,6 +107,34 @@ def test_padding_changes_nothing() -> None:
     torch.testing.assert_close(task(**padded), task(**alone), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("term", ["kl", "ce", "align"])
+@pytest.mark.parametrize("student", ["mamba", "falcon_mamba"])
+def test_packed_documents_are_worth_as_much_as_one_by_one(student: str, term: str, checkpointing: bool) -> None:
+    """Loss and gradients, in float64: the mean over what counts in each document, by how much of it there is."""
+    weights = LossWeights(kd=float(term == "kl"), ce=float(term == "ce"))
+    schedule = AlignmentSchedule(weight=float(term == "align"))
+    task = make_task(student, weights=weights, schedule=schedule).double()
+    if checkpointing:
+        checkpoint_blocks(task.student.model)
+    ids = batch()["input_ids"]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1], [0, 0, 1, 2, 3, 4, 5, 6, 7]])
+    documents = [ids[:1, :4], ids[:1, 4:7], ids[:1, 7:], ids[1:, :1], ids[1:, 1:]]
+
+    def gradients(loss: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(loss, list(task.parameters()), allow_unused=True)
+        return [gradient for gradient in found if gradient is not None]
+
+    packed = task(ids, position_ids=positions)["loss"]
+    counts = [document.shape[1] - (term != "align") for document in documents]
+    alone = [task(document)["loss"] * count / sum(counts) for document, count in zip(documents, counts, strict=True)]
+    torch.testing.assert_close(packed, torch.stack(alone).sum(), rtol=1e-5, atol=0)
+    expected = gradients(torch.stack(alone).sum())
+    assert len(expected) > 10
+    scale = max(gradient.abs().max().item() for gradient in expected)
+    torch.testing.assert_close(gradients(packed), expected, rtol=1e-4, atol=1e-6 * scale)
+
+
 def test_labels_leave_a_prompt_out() -> None:
     task, given = make_task(weights=LossWeights(ce=1.0)), batch()
     labels = given["input_ids"].clone()

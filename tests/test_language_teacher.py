@@ -15,6 +15,8 @@ KEY_HEADS = {
 }
 # Those whose scores are more than scale * Q K^T: biased by distance, capped, or joined by a sink.
 OTHER_SCORES = ("bloom", "gemma2", "gpt_oss")
+# Those that positions do not keep packed documents apart in, falcon before transformers 5.24.
+CROSSING = ("opt", "bloom", "gpt_oss", "falcon")
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gpt2", "opt", "gpt_neox", "gemma", "gemma2", "gemma3_text"),
     *(
@@ -78,6 +80,32 @@ def test_q_and_k_are_those_of_the_scores(family: str) -> None:
         torch.testing.assert_close(
             scores.masked_fill(future, -torch.inf).softmax(-1), maps[layer], rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_documents_are_kept_apart_or_refused(family: str) -> None:
+    """Logits, Q and K of packed documents are those of the documents by themselves."""
+    teacher, (ids, _) = HuggingFaceTeacher(make(family)), batch()
+    assert teacher.packs or family in CROSSING
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1], [0, 0, 1, 2, 3, 4, 5, 6, 7]])
+    if not teacher.packs:
+        with pytest.raises(ValueError, match="expected packed documents that are kept apart, .* which crosses them"):
+            teacher(ids, position_ids=positions)
+        return
+    packed: list[tuple[int, Tensor, Tensor]] = []
+    hidden = teacher(ids, on_layer=lambda *layer: packed.append(layer), position_ids=positions)
+    for row, start, stop in ((0, 0, 4), (0, 4, 7), (0, 7, 9), (1, 0, 1), (1, 1, 9)):
+        document = ids[row : row + 1, start:stop]
+        torch.testing.assert_close(hidden[row, start:stop], teacher(document)[0], rtol=1e-4, atol=1e-5)
+        for (_, *both), (_, *alone) in zip(packed, layers_of(teacher, document), strict=True):
+            cut = [side[row : row + 1, :, start:stop] for side in both]
+            torch.testing.assert_close(cut, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_documents_and_padding_exclude_each_other() -> None:
+    teacher, (ids, mask) = HuggingFaceTeacher(make("llama")), batch()
+    with pytest.raises(ValueError, match="expected packed documents .*, without padding, got both"):
+        teacher(ids, mask, position_ids=torch.arange(9).expand(2, 9))
 
 
 def test_teacher_is_frozen_and_stays_in_evaluation_mode() -> None:

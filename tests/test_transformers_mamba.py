@@ -95,6 +95,20 @@ def test_a_prompt_in_parts_goes_on_from_the_cache(split: int) -> None:
     torch.testing.assert_close(torch.cat((first.logits, second.logits), 1), whole, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_documents_are_those_that_run_alone(family: str) -> None:
+    """With cu_seqlens in the mask's place; the second document is shorter than the convolution."""
+    ids, _ = batch()
+    model = use_cab_kernels(make(family))
+    bounds = torch.tensor([0, 9, 11, 19], dtype=torch.int32)
+    with torch.no_grad():
+        packed = model(ids[:1], attention_mask=bounds, use_cache=False).logits
+        alone = [model(part).logits for part in ids[:1].split([9, 2, 8], dim=1)]
+        torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-6)
+        with pytest.raises(ValueError, match="use_cab_kernels: expected use_cache=False with packed documents, got"):
+            model(ids[:1], attention_mask=bounds, use_cache=True)
+
+
 def test_checkpoints_stay_those_of_transformers(tmp_path) -> None:
     ids, _ = batch()
     model = use_cab_kernels(make("mamba"))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol, TypedDict
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -75,11 +78,27 @@ class HuggingFaceTokens:
 
 
 class Row(TypedDict, total=False):
-    """One sequence: its tokens, the labels of a language model (-100 does not count), and 0 where it is padding."""
+    """One sequence: its tokens, the labels of a language model (-100 does not count), and what its data set adds.
+
+    That is 0 where a token is padding, or of each token its position in its document.
+    """
 
     input_ids: Tensor
     labels: Tensor
     attention_mask: Tensor
+    position_ids: Tensor
+
+
+class Encoded(NamedTuple):
+    """Documents as tokens, end to end.
+
+    Attributes:
+        stream: (tokens,) int32.
+        bounds: (documents + 1,) int64, where each begins, and the end of the last.
+    """
+
+    stream: Tensor
+    bounds: Tensor
 
 
 class TextSplits(NamedTuple):
@@ -92,7 +111,7 @@ class TextSplits(NamedTuple):
         train_tokens, test_tokens: how many.
     """
 
-    train: Packed | Kept
+    train: Concatenated | Isolated | Padded
     test: Windows
     tokens: Tokens
     train_tokens: int
@@ -113,13 +132,13 @@ def load(config: TextConfig, teacher: str | None = None) -> TextSplits:
     """
     tokens = tokenizer(config, teacher)
     encoded = [tokens.encode(text) + [tokens.end] for text in documents(config)]
-    test, train = _held_out(encoded, config)
-    test_stream = _stream(test)[: config.test_tokens]
-    for name, count in (("test", len(test_stream)), ("training", sum(map(len, train)))):
+    test, train = map(end_to_end, _held_out(encoded, config))
+    test_stream = test.stream[: config.test_tokens]
+    for name, count in (("test", len(test_stream)), ("training", len(train.stream))):
         if count < config.length:
             raise UserError(f"expected {name} text of at least data.length={config.length} tokens, got {count}")
-    rows = Packed(_stream(train), config.length) if config.boundaries == "crossed" else Kept(train, config.length)
-    return TextSplits(rows, Windows(test_stream, config.length), tokens, sum(map(len, train)), len(test_stream))
+    rows, windows = _PACKINGS[config.packing](train, config.length), Windows(test_stream, config.length)
+    return TextSplits(rows, windows, tokens, len(train.stream), len(test_stream))
 
 
 def tokenizer(config: TextConfig, teacher: str | None = None) -> Tokens:
@@ -129,11 +148,11 @@ def tokenizer(config: TextConfig, teacher: str | None = None) -> Tokens:
     return HuggingFaceTokens(teacher or "" if config.tokenizer == "teacher" else config.tokenizer)
 
 
-class Packed(Dataset[Row]):
-    """A stream of tokens cut into sequences of one length; a shorter rest is dropped."""
+class Concatenated(Dataset[Row]):
+    """Documents end to end, cut into sequences of one length; a shorter rest is dropped."""
 
-    def __init__(self, stream: Tensor, length: int) -> None:
-        self.stream = stream
+    def __init__(self, documents: Encoded, length: int) -> None:
+        self.stream = documents.stream
         self.length = length
 
     def __len__(self) -> int:
@@ -144,32 +163,55 @@ class Packed(Dataset[Row]):
         return {"input_ids": ids, "labels": ids}
 
 
-class Kept(Dataset[Row]):
-    """Documents cut into sequences of one length; what is shorter is filled up with padding on its right.
+class Isolated(Concatenated):
+    """The same sequences, of which each token knows its position in its document.
 
-    Nothing that a model carries along, state or attention, then passes from one document to the next.
+    Positions start again with each document and with each sequence: the rest of a document that was cut begins anew.
+    The first token of either is not predicted.
     """
 
-    def __init__(self, documents: Sequence[Sequence[int]], length: int) -> None:
-        self.stream = _stream(documents)
-        self.length = length
-        self.spans: list[tuple[int, int]] = []
-        start = 0
-        for document in documents:
-            end = start + len(document)
-            # A single token predicts nothing.
-            self.spans += [(at, min(at + length, end)) for at in range(start, end - 1, length)]
-            start = end
-
-    def __len__(self) -> int:
-        return len(self.spans)
+    def __init__(self, documents: Encoded, length: int) -> None:
+        super().__init__(documents, length)
+        self.bounds = documents.bounds
 
     def __getitem__(self, index: int) -> Row:
-        start, end = self.spans[index]
+        ids = super().__getitem__(index)["input_ids"]
+        first = index * self.length
+        at = torch.arange(first, first + self.length)
+        document = torch.searchsorted(self.bounds, at, right=True) - 1
+        positions = at - self.bounds[document].clamp(min=first)
+        return {"input_ids": ids, "labels": ids.masked_fill(positions == 0, IGNORED), "position_ids": positions}
+
+
+class Padded(Dataset[Row]):
+    """Documents cut into sequences of one length; what is shorter is filled up with padding on its right."""
+
+    def __init__(self, documents: Encoded, length: int) -> None:
+        self.documents = documents
+        self.length = length
+        # A single token predicts nothing.
+        of_documents = (documents.bounds.diff() + length - 2) // length
+        self.rows = F.pad(of_documents.cumsum(0), (1, 0))
+
+    def __len__(self) -> int:
+        return int(self.rows[-1])
+
+    def __getitem__(self, index: int) -> Row:
+        bounds = self.documents.bounds
+        document = int(torch.searchsorted(self.rows, index, right=True)) - 1
+        start = int(bounds[document] + (index - self.rows[document]) * self.length)
+        size = min(self.length, int(bounds[document + 1]) - start)
         ids = torch.zeros(self.length, dtype=torch.int64)
-        ids[: end - start] = self.stream[start:end]
-        mask = torch.arange(self.length) < end - start
+        ids[:size] = self.documents.stream[start : start + size]
+        mask = torch.arange(self.length) < size
         return {"input_ids": ids, "labels": ids.masked_fill(~mask, IGNORED), "attention_mask": mask.long()}
+
+
+_PACKINGS: dict[str, Callable[[Encoded, int], Concatenated | Isolated | Padded]] = {
+    "concatenated": Concatenated,
+    "isolated": Isolated,
+    "padded": Padded,
+}
 
 
 class Windows(Dataset[Row]):
@@ -208,5 +250,10 @@ def _held_out(encoded: list[list[int]], config: TextConfig) -> tuple[list[list[i
     )
 
 
-def _stream(documents: Iterable[Sequence[int]]) -> Tensor:
-    return torch.tensor([token for document in documents for token in document], dtype=torch.int32)
+def end_to_end(documents: Iterable[Sequence[int]]) -> Encoded:
+    """Encoded documents, one behind the other."""
+    stream, bounds = array("i"), array("q", [0])
+    for document in documents:
+        stream.extend(document)
+        bounds.append(len(stream))
+    return Encoded(torch.from_numpy(np.array(stream, np.int32)), torch.from_numpy(np.array(bounds, np.int64)))

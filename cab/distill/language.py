@@ -12,6 +12,7 @@ from cab.distill.agreement import GradientAgreement
 from cab.distill.losses import Alignment
 from cab.distill.task import DistillationTask
 from cab.distill.token_losses import IGNORED, Divergence, shared_vocabulary, token_losses
+from cab.packing import document_starts
 from cab.students.student import TokenStudent
 from cab.teachers.huggingface import HuggingFaceTeacher
 
@@ -49,22 +50,29 @@ class LanguageTask(DistillationTask):
         self.vocab_size = shared_vocabulary(own, own if teacher is None else teacher.vocab_size, tokens)
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """One batch through student, teacher and bridges.
 
         Args:
             input_ids: (batch, tokens).
             labels: (batch, tokens), ``input_ids`` with -100 where the prediction of a token does not count; by
-                default wherever it is padding.
+                default wherever it is padding or the first of a packed document.
             attention_mask: (batch, tokens), 0 where a token is padding; None where there is none.
+            position_ids: (batch, tokens), of packed documents, none of which sees another, neither in the student nor
+                in the teacher; see :func:`cab.packing.document_starts`. There is no padding then.
 
         Returns:
             "loss", 0-d, and the terms that were computed, each a mean over the tokens that count, unweighted and
             detached: "kl", "ce", "align", and "align_layers", the alignment of each layer. The alignment counts all
             tokens but padding.
         """
-        return self._weigh(self._terms(input_ids, labels, attention_mask, align=self.alignment_weight > 0))
+        align = self.alignment_weight > 0
+        return self._weigh(self._terms(input_ids, labels, attention_mask, position_ids, align))
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         return {**means, "perplexity": math.exp(min(means["ce"], 700.0))} if "ce" in means else means
@@ -75,27 +83,38 @@ class LanguageTask(DistillationTask):
         return (labels[:, 1:] != IGNORED).sum(1).float()
 
     def compare_gradients(
-        self, input_ids: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> GradientAgreement:
         """Norms and cosine of the gradients of the KL and of the alignment by the student's parameters."""
-        return self._compare(self._terms(input_ids, labels, attention_mask, align=True))
+        return self._compare(self._terms(input_ids, labels, attention_mask, position_ids, align=True))
 
     def _terms(
-        self, input_ids: Tensor, labels: Tensor | None, attention_mask: Tensor | None, align: bool
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        align: bool,
     ) -> dict[str, Tensor]:
         """The unweighted terms of the loss."""
         mask = None if attention_mask is None else attention_mask.bool()
         if labels is None:
             labels = input_ids if mask is None else input_ids.masked_fill(~mask, IGNORED)
+            if position_ids is not None:
+                labels = labels.masked_fill(document_starts(position_ids), IGNORED)
         alignment = None
         if self.bridges is not None and align:
-            hidden, projections = self.student.forward_with_projections(input_ids, attention_mask)
+            hidden, projections = self.student.forward_with_projections(input_ids, attention_mask, position_ids)
             alignment = Alignment(self.bridges, projections, self.targets, self.layer_map, mask=mask)
         else:
-            hidden = self.student(input_ids, attention_mask)
+            hidden = self.student(input_ids, attention_mask, position_ids)
         teacher, teacher_hidden = self.teacher, None
         if teacher is not None and (self.weights.kd or alignment is not None):
-            teacher_hidden = teacher(input_ids, attention_mask, alignment)
+            teacher_hidden = teacher(input_ids, attention_mask, alignment, position_ids)
         kl, ce = token_losses(
             hidden,
             self.student.logits,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from cab.logits import logits_of
+from cab.packing import document_bounds
 from cab.students.mamba import A_LOG_OF_ZERO
 from cab.students.student import Projections, TokenStudent
 from cab.students.transformers_mamba import use_cab_kernels
@@ -28,10 +29,13 @@ class PlainLanguageModel(TokenStudent):
         self.num_layers = config.get_text_config().num_hidden_layers
         self.vocab_size = config.get_text_config().vocab_size
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
         """The last hidden states (batch, tokens, width) of tokens (batch, tokens)."""
         backbone: Any = self.model.base_model
-        return backbone(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        options = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
+        return backbone(input_ids, **options).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         return logits_of(self.model, hidden)
@@ -45,7 +49,8 @@ class LanguageStudent(PlainLanguageModel):
 
     ``MambaForCausalLM`` and ``FalconMambaForCausalLM`` are put on ``cab_kernels``, whose mixers show their B and C.
     ``Mamba2ForCausalLM`` computes as it always does. Where mamba_ssm is installed, one fused call then keeps B and C to
-    itself, so they are computed a second time from the output of ``in_proj``: the convolution of their channels.
+    itself, so they are computed a second time from the output of ``in_proj``: the convolution of their channels. Its
+    state does not start again within a sequence, so packed documents are refused.
 
     Args:
         model: the language model, changed in place; it is saved, loaded and generates as before.
@@ -69,6 +74,7 @@ class LanguageStudent(PlainLanguageModel):
             )
         super().__init__(model)
         self.d_state = config.state_size * (config.n_groups if family == "mamba2" else 1)
+        self._packs = family != "mamba2"
         if family != "mamba2":
             use_cab_kernels(model)
         self._reading = False
@@ -88,12 +94,14 @@ class LanguageStudent(PlainLanguageModel):
         spared = {"A_log", "D", "dt_bias"}
         return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in spared}
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
         self._reading = False
-        return super().forward(input_ids, attention_mask)
+        return self._hidden(input_ids, attention_mask, position_ids)
 
     def forward_with_projections(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> tuple[Tensor, list[tuple[Projections, ...]]]:
         # It outlives this call, because gradient checkpointing repeats the blocks in the backward pass and must find
         # them unchanged; what they show then goes nowhere.
@@ -101,7 +109,7 @@ class LanguageStudent(PlainLanguageModel):
         seen: dict[int, Projections] = {}
         self._seen = seen
         try:
-            hidden = super().forward(input_ids, attention_mask)
+            hidden = self._hidden(input_ids, attention_mask, position_ids)
         finally:
             self._seen = None
         if (
@@ -113,7 +121,18 @@ class LanguageStudent(PlainLanguageModel):
                 "LanguageStudent: expected B and C to have a gradient, got none: gradient checkpointing must run with "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
-        return hidden, [(seen[layer],) for layer in range(self.num_layers)]
+        rows = [Projections(*(side.view(*input_ids.shape, -1) for side in seen[i])) for i in range(self.num_layers)]
+        return hidden, [(layer,) for layer in rows]
+
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """The last hidden states; packed documents run as one sequence of all rows."""
+        if position_ids is None:
+            return super().forward(input_ids, attention_mask)
+        if not self._packs or attention_mask is not None:
+            got = "both" if self._packs else type(self.model).__name__
+            raise ValueError(f"LanguageStudent: expected Mamba blocks and no padding with packed documents, got {got}")
+        hidden = super().forward(input_ids.reshape(1, -1), document_bounds(position_ids))
+        return hidden.view(*input_ids.shape, -1)
 
     def _mixers(self) -> list[Any]:
         backbone: Any = self.model.base_model

@@ -63,7 +63,14 @@ class TokenStudent(Student):
         raise NotImplementedError
 
     def forward_with_projections(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> tuple[Tensor, list[tuple[Projections, ...]]]:
-        """The last hidden states (batch, tokens, width), and B and C of every layer, a tuple of one a layer."""
+        """The last hidden states (batch, tokens, width), and B and C of every layer, a tuple of one a layer.
+
+        Args:
+            input_ids: (batch, tokens).
+            attention_mask: (batch, tokens), 0 where a token is padding; None where there is none.
+            position_ids: (batch, tokens), of packed documents, which do not see one another; see
+                :func:`cab.packing.document_starts`. There is no padding then.
+        """
         raise NotImplementedError

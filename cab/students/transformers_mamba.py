@@ -36,11 +36,19 @@ class _KernelForward(nn.Module):
     ) -> Tensor:
         """Mix (batch, tokens, width); ``attention_mask`` (batch, tokens) is 0 where a token is padding.
 
+        In its place may come ``cu_seqlens``, (documents + 1,) int32: the batch is then 1, and state and convolution
+        start again at each of these tokens. transformers' Mamba hands its blocks nothing else of what it was given.
+
         transformers before 5.24 names the model's cache ``cache_params``.
         """
         mixer: Any = self
         caches = cache_params if cache is None else cache
         cache = None if caches is None else caches.layers[mixer.layer_idx]
+        cu_seqlens = None
+        if attention_mask is not None and attention_mask.dim() == 1:
+            attention_mask, cu_seqlens = None, attention_mask
+            if cache is not None:
+                raise ValueError("use_cab_kernels: expected use_cache=False with packed documents, got a cache")
         state = None if cache is None else cache.recurrent_states[0]
         one_token = hidden_states.shape[1] == 1 and attention_mask is None and not torch.is_grad_enabled()
         if state is not None and one_token and not cache.record_past:
@@ -51,7 +59,8 @@ class _KernelForward(nn.Module):
             x = cache.update_conv_state(x, conv_kernel_size=mixer.conv_kernel_size)
 
         def convolve(x: Tensor) -> Tensor:
-            u = causal_conv1d_fn(x, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, "silu")
+            weight = mixer.conv1d.weight.squeeze(1)
+            u = causal_conv1d_fn(x, weight, mixer.conv1d.bias, "silu", cu_seqlens=cu_seqlens)
             return _without_padding(u[..., -tokens:].transpose(1, 2), attention_mask)
 
         def expand(low_rank: Tensor) -> Tensor:
@@ -77,6 +86,7 @@ class _KernelForward(nn.Module):
                 return_last_state=cache is not None,
                 # The cache is about to be written over, and backward may still want what it held.
                 initial_state=None if state is None else state.clone(),
+                cu_seqlens=cu_seqlens,
             )
         if self.on_projections is not None:
             self.on_projections(B, C)

@@ -36,6 +36,7 @@ class HuggingFaceTeacher(Teacher):
     Attributes:
         max_length: the longest sequence that it takes, None where it states none.
         vocab_size: logits of a token.
+        packs: whether packed documents are kept apart by their positions, settled by such a pass too.
 
     Raises:
         ValueError: Q and K, or the logits, of the model cannot be read; the message names the model and the reason.
@@ -53,11 +54,16 @@ class HuggingFaceTeacher(Teacher):
         self._repeats = self._heads // (getattr(text, "num_key_value_heads", None) or self._heads)
         shapes = self._settle_tap()
         self.vocab_size = self._check_logits()
+        self.packs = self._probe_packing()
         query, key = shapes[0]
         self.query_width, self.key_width = query[1] * query[3], key[1] * key[3]
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, on_layer: LayerSink | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        on_layer: LayerSink | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """The last hidden states of tokens; :meth:`logits` makes logits of them, of as many at a time as fit.
 
@@ -66,21 +72,30 @@ class HuggingFaceTeacher(Teacher):
             attention_mask: (batch, tokens), 0 where a token is padding; None where there is none.
             on_layer: called for each layer, in order, with its index, Q (batch, heads, tokens, head_dim) and K
                 (batch, key heads, tokens, head_dim). It runs with the caller's gradient mode.
+            position_ids: (batch, tokens), of packed documents, which do not see one another; see
+                :func:`cab.packing.document_starts`. There is no padding then.
 
         Returns:
             (batch, tokens, width).
 
         Raises:
-            ValueError: more tokens than the model has positions.
+            ValueError: more tokens than the model has positions; packed documents with padding, or for a model that
+                does not keep them apart.
         """
+        if position_ids is not None and (not self.packs or attention_mask is not None):
+            got = "both" if self.packs else f"{self.name}, which crosses them"
+            raise ValueError(
+                f"HuggingFaceTeacher: expected packed documents that are kept apart, without padding, got {got}"
+            )
         if self.max_length is not None and input_ids.shape[1] > self.max_length:
             raise ValueError(
                 f"HuggingFaceTeacher: {self.name} expected at most {self.max_length} tokens, got {input_ids.shape[1]}"
             )
         decoder: Any = self.model.base_model
-        return self._stream(
-            lambda: decoder(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state, on_layer
-        )
+        options = {"attention_mask": attention_mask, "use_cache": False}
+        if position_ids is not None:  # which not every family takes
+            options["position_ids"] = position_ids
+        return self._stream(lambda: decoder(input_ids, **options).last_hidden_state, on_layer)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocabulary) of last hidden states (..., width)."""
@@ -142,6 +157,18 @@ class HuggingFaceTeacher(Teacher):
         if not _close(logits, own):
             raise self._refusal("its logits are not its last hidden states times its output embeddings")
         return own.shape[-1]
+
+    def _probe_packing(self) -> bool:
+        """Whether two short sequences, packed into one, have the logits that they have by themselves."""
+        ids, _ = self._probe_batch()
+        positions = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids))
+        model: Any = self.model
+        with torch.no_grad():
+            try:
+                packed = model(ids.view(1, -1), position_ids=positions.unsqueeze(0), use_cache=False).logits
+            except (TypeError, ValueError):  # the family takes no positions
+                return False
+            return _close(packed.view(*ids.shape, -1), model(ids, use_cache=False).logits)
 
     def _probe_batch(self) -> tuple[Tensor, Tensor]:
         model: Any = self.model
