@@ -196,6 +196,11 @@ class TextConfig(Section):
         "none seeing another) or padded (only one, and padding behind it)",
         choices=("concatenated", "isolated", "padded"),
     )
+    cache: str | None = _option(
+        None,
+        "a folder for the tokens, which are then read from there as they are needed: for text larger than the memory; "
+        "none holds them in memory",
+    )
     limit: int | None = _option(None, "characters to read at most; all where none", at_least=1)
     held_out: float = _option(0.05, "share of the documents for the test", above=0, at_most=0.5)
     test_tokens: int | None = _option(None, "of the held-out text, to be tested on at most; all where none", at_least=1)

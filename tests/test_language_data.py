@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import torch
 
 from cab.config import TextConfig, UserError
 from cab.data.documents import documents
+from cab.data.encoded import in_memory, write_encoded
 from cab.data.language import (
     ByteTokens,
     Concatenated,
@@ -14,7 +17,6 @@ from cab.data.language import (
     Isolated,
     Padded,
     Windows,
-    end_to_end,
     load,
 )
 
@@ -63,6 +65,13 @@ def test_another_field(tmp_path: Path) -> None:
     file = tmp_path / "text.jsonl"
     file.write_text('{"content": "here"}\n\n')
     assert list(documents(TextConfig(path=str(file), field="content"))) == ["here"]
+
+
+def test_a_json_text_may_hold_separators_of_lines(tmp_path: Path) -> None:
+    """Only a newline ends an entry; Python's splitlines took U+2028 for an end too."""
+    file = tmp_path / "text.jsonl"
+    file.write_text(json.dumps({"text": "one\u2028two\x85three"}, ensure_ascii=False) + "\n")
+    assert list(documents(TextConfig(path=str(file)))) == ["one\u2028two\x85three"]
 
 
 def test_limit_cuts_the_last_document(tmp_path: Path) -> None:
@@ -143,7 +152,7 @@ def test_a_tokenizer_of_transformers(tmp_path: Path) -> None:
 
 
 def test_concatenated_documents_cross_sequences() -> None:
-    rows = Concatenated(end_to_end([range(7), range(7, 11)]), 4)
+    rows = Concatenated(in_memory([range(7), range(7, 11)]), 4)
     assert [row["input_ids"].tolist() for row in (rows[0], rows[1])] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert len(rows) == 2
     assert rows[1]["labels"].tolist() == [4, 5, 6, 7]
@@ -151,7 +160,7 @@ def test_concatenated_documents_cross_sequences() -> None:
 
 def test_isolated_documents_count_their_own_positions() -> None:
     """Documents of six, two, one and four tokens; the first is cut, and its rest begins anew."""
-    rows = Isolated(end_to_end([range(6), range(6, 8), [8], range(9, 13)]), 4)
+    rows = Isolated(in_memory([range(6), range(6, 8), [8], range(9, 13)]), 4)
     seen = [
         tuple(row[name].tolist() for name in ("input_ids", "position_ids", "labels"))
         for row in map(rows.__getitem__, range(len(rows)))
@@ -164,7 +173,7 @@ def test_isolated_documents_count_their_own_positions() -> None:
 
 
 def test_padded_documents_share_no_sequence() -> None:
-    rows = Padded(end_to_end([[1, 2, 3, 4, 5, 6], [0], [7, 8], [9, 10, 11, 12, 13]]), 4)
+    rows = Padded(in_memory([[1, 2, 3, 4, 5, 6], [0], [7, 8], [9, 10, 11, 12, 13]]), 4)
     seen = [
         (row["input_ids"].tolist(), row["attention_mask"].tolist()) for row in map(rows.__getitem__, range(len(rows)))
     ]
@@ -201,6 +210,67 @@ def test_documents_are_held_out_whole(tmp_path: Path) -> None:
     assert (
         "position_ids" in load(TextConfig(path=str(tmp_path), tokenizer="bytes", length=10, packing="isolated"))[0][0]
     )
+
+
+def many(folder: Path, documents: int = 300) -> TextConfig:
+    """JSON lines, of documents that differ in length, and a cache."""
+    file = folder / "many.jsonl"
+    file.write_text("".join(json.dumps({"text": f"{n} " * (n % 13 + 1)}) + "\n" for n in range(documents)))
+    return TextConfig(path=str(file), tokenizer="bytes", length=16, held_out=0.1, cache=str(folder / "cache"))
+
+
+@pytest.mark.parametrize("packing", ["concatenated", "isolated", "padded"])
+def test_cached_tokens_are_those_in_memory(packing: str, tmp_path: Path) -> None:
+    cached = dataclasses.replace(many(tmp_path), packing=packing, test_tokens=300)
+    on_disk, held = load(cached), load(dataclasses.replace(cached, cache=None))
+    assert (on_disk.train_tokens, on_disk.test_tokens) == (held.train_tokens, 300)
+    for part, expected in ((on_disk.train, held.train), (on_disk.test, held.test)):
+        assert len(part) == len(expected)
+        for index in range(len(part)):
+            torch.testing.assert_close(part[index], expected[index], rtol=0, atol=0)
+
+
+def test_cached_tokens_of_a_single_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 60 + "b" * 20)
+    config = TextConfig(path=str(tmp_path / "a.txt"), tokenizer="bytes", length=8, cache=str(tmp_path / "cache"))
+    splits = load(dataclasses.replace(config, held_out=0.25))
+    assert splits.test.stream.tolist() == [98] * 19 + [256]
+
+
+def test_text_is_encoded_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, encoded = many(tmp_path), []
+    encode = ByteTokens.encode
+    monkeypatch.setattr(ByteTokens, "encode", lambda self, text: encoded.append(text) or encode(self, text))
+    before = load(config).train_tokens
+    assert len(encoded) == 300
+    assert load(dataclasses.replace(config, length=8, packing="isolated", test_tokens=9)).train_tokens == before
+    assert len(encoded) == 300
+    for other in (
+        many(tmp_path, 301),
+        *(dataclasses.replace(config, **change) for change in ({"seed": 1}, {"limit": 999})),
+    ):
+        encoded.clear()
+        assert load(other).train_tokens != before
+        assert encoded
+
+
+def test_a_cache_that_was_interrupted_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = many(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("cab.data.language.write_encoded", lambda folder, part: (write_encoded(folder, part), 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            load(config)
+    assert load(config).train_tokens == load(dataclasses.replace(config, cache=None)).train_tokens
+
+
+def test_neither_text_nor_tokens_are_held_in_memory(tmp_path: Path) -> None:
+    config = many(tmp_path, 40_000)  # 1.5 MB of text, 6 MB of tokens
+    tracemalloc.start()
+    splits = load(dataclasses.replace(config, test_tokens=100))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert splits.train_tokens > 1_000_000
+    assert peak < 500_000
 
 
 def test_of_a_single_document_the_end_is_held_out(tmp_path: Path) -> None:

@@ -154,6 +154,14 @@ def test_isolated_documents_from_teacher_to_student(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"cab distill: {expected}")
 
 
+def test_a_run_on_cached_tokens_is_the_run_on_those_in_memory(finished: Path, tmp_path: Path) -> None:
+    settings = ("arms=soft-kd-a0,cab", f"data.cache={tmp_path / 'cache'}")
+    assert main([*distill(*settings), "--out", str(tmp_path / "run")]) == 0
+    assert [row["score"] for row in rows_of(tmp_path / "run").values()] == [
+        row["score"] for row in rows_of(finished).values()
+    ]
+
+
 def test_the_loss_is_that_of_the_configuration(tmp_path: Path) -> None:
     from cab.language_run import LanguageRun
     from cab.settings import resolve

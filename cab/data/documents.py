@@ -17,7 +17,7 @@ def documents(config: TextConfig) -> Iterator[str]:
         UserError: there is no such file, or it holds no text.
     """
     left = config.limit
-    for document in _python() if config.name == "python" else _files(Path(config.path or ""), config.field):
+    for document in _documents(config):
         if left is not None:
             document, left = document[:left], left - len(document)
         if document:
@@ -26,26 +26,33 @@ def documents(config: TextConfig) -> Iterator[str]:
             return
 
 
-def _python() -> Iterator[str]:
-    """The modules of the standard library: code and docstrings, in the order of their names."""
-    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        yield _text(file)
+def files_of(config: TextConfig) -> list[Path]:
+    """The files that hold the documents, in their order.
 
-
-def _files(path: Path, field: str) -> Iterator[str]:
+    Raises:
+        UserError: there are none.
+    """
+    if config.name == "python":  # code and docstrings
+        return sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    path = Path(config.path or "")
     if not path.exists():
         raise UserError(f"expected a file or folder with text, got no {path}")
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        yield from _saved(path, field)
-        return
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     if not files:
         raise UserError(f"expected files with text in {path}, got an empty folder")
+    return files
+
+
+def _documents(config: TextConfig) -> Iterator[str]:
+    files, path = files_of(config), Path(config.path or "")
+    if config.name == "files" and {path / "state.json", path / "dataset_dict.json"} & {*files}:
+        yield from _saved(path, config.field)
+        return
     for file in files:
         if file.suffix in (".jsonl", ".json"):
-            yield from _json_lines(file, field)
+            yield from _json_lines(file, config.field)
         elif file.suffix == ".parquet":
-            yield from _parquet(file, field)
+            yield from _parquet(file, config.field)
         else:
             yield _text(file)
 
@@ -54,27 +61,42 @@ def _text(file: Path) -> str:
     content = file.read_bytes()
     if not content.strip():
         raise UserError(f"expected text in {file}, got an empty file")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"expected UTF-8 text in {file}, got other bytes at position {error.start}") from None
+    text = _decoded(content, file)
     if "\0" in text:
         raise UserError(f"expected text in {file}, got a binary file")
     return text
 
 
+def _decoded(content: bytes, file: Path, position: int = 0) -> str:
+    """The text of a part of a file that begins at a position."""
+    try:
+        return content.decode("utf-8" if position else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        got = f"other bytes at position {position + error.start}"
+        raise UserError(f"expected UTF-8 text in {file}, got {got}") from None
+
+
 def _json_lines(file: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(_text(file).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"expected JSON in line {number} of {file}, got: {error}") from None
-        if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
-            got = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
-            raise UserError(f"expected text under {field!r} in line {number} of {file}, got {got}")
-        yield entry[field]
+    position = 0
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            text = _decoded(line, file, position)
+            position += len(line)
+            if text.strip():
+                yield _entry(text, number, file, field)
+    if not position:
+        raise UserError(f"expected text in {file}, got an empty file")
+
+
+def _entry(text: str, number: int, file: Path, field: str) -> str:
+    try:
+        entry = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"expected JSON in line {number} of {file}, got: {error}") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
+        got = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
+        raise UserError(f"expected text under {field!r} in line {number} of {file}, got {got}")
+    return entry[field]
 
 
 def _parquet(file: Path, field: str) -> Iterator[str]:
@@ -86,7 +108,7 @@ def _parquet(file: Path, field: str) -> Iterator[str]:
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"expected a parquet file, got {file}: {error}") from None
     _has_column(table.schema_arrow.names, field, file)
-    for batch in table.iter_batches(columns=[field]):
+    for batch in table.iter_batches(batch_size=1024, columns=[field]):
         yield from (text for text in batch.column(0).to_pylist() if text)
 
 
@@ -100,7 +122,7 @@ def _saved(folder: Path, field: str) -> Iterator[str]:
             raise UserError(f"expected a split 'train' in {folder}, got {', '.join(loaded)}")
         loaded = loaded["train"]
     _has_column(loaded.column_names, field, folder)
-    yield from (text for text in loaded[field] if text)
+    yield from (row[field] for row in loaded.select_columns([field]) if row[field])
 
 
 def _has_column(names: list[str], field: str, path: Path) -> None:

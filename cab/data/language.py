@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple, Protocol, TypedDict
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from cab.config import TextConfig, UserError
-from cab.data.documents import documents
+from cab.data.documents import documents, files_of
+from cab.data.encoded import Encoded, in_memory, read_encoded, write_encoded
+from cab.files import save_whole
 
 IGNORED = -100  # the label of what is not learnt
 
@@ -25,10 +28,12 @@ class Tokens(Protocol):
     Attributes:
         size: number of tokens.
         end: the token that ends a document.
+        key: what tells it from other tokenizers.
     """
 
     size: int
     end: int
+    key: str
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, without any that stand for its beginning or end."""
@@ -42,6 +47,7 @@ class ByteTokens:
 
     size = 257
     end = 256
+    key = "bytes"
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -69,6 +75,7 @@ class HuggingFaceTokens:
             raise UserError(f"expected a tokenizer with a token for the end of a text, got {name!r} without")
         self.size: int = len(self.tokenizer)
         self.end: int = self.tokenizer.eos_token_id
+        self.key = repr(sorted(self.tokenizer.get_vocab().items()))
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -87,18 +94,6 @@ class Row(TypedDict, total=False):
     labels: Tensor
     attention_mask: Tensor
     position_ids: Tensor
-
-
-class Encoded(NamedTuple):
-    """Documents as tokens, end to end.
-
-    Attributes:
-        stream: (tokens,) int32.
-        bounds: (documents + 1,) int64, where each begins, and the end of the last.
-    """
-
-    stream: Tensor
-    bounds: Tensor
 
 
 class TextSplits(NamedTuple):
@@ -131,8 +126,7 @@ def load(config: TextConfig, teacher: str | None = None) -> TextSplits:
         UserError: no such file or tokenizer, no text, or less of it than a sequence.
     """
     tokens = tokenizer(config, teacher)
-    encoded = [tokens.encode(text) + [tokens.end] for text in documents(config)]
-    test, train = map(end_to_end, _held_out(encoded, config))
+    train, test = _encoded(config, tokens)
     test_stream = test.stream[: config.test_tokens]
     for name, count in (("test", len(test_stream)), ("training", len(train.stream))):
         if count < config.length:
@@ -237,23 +231,54 @@ class Windows(Dataset[Row]):
         return {"input_ids": ids, "labels": labels}
 
 
-def _held_out(encoded: list[list[int]], config: TextConfig) -> tuple[list[list[int]], list[list[int]]]:
-    """Documents for the test and for training."""
-    if len(encoded) == 1:
-        cut = max(round(len(encoded[0]) * (1 - config.held_out)), 1)
-        return [encoded[0][cut:]], [encoded[0][:cut]]
-    count = max(round(len(encoded) * config.held_out), 1)
-    test = set(random.Random(config.seed).sample(range(len(encoded)), count)) if encoded else set()
-    return (
-        [document for index, document in enumerate(encoded) if index in test],
-        [document for index, document in enumerate(encoded) if index not in test],
-    )
+def _encoded(config: TextConfig, tokens: Tokens) -> tuple[Encoded, Encoded]:
+    """The documents for training, and those for the test."""
+    if config.cache is None:
+        training, test = _parts(config, tokens)
+        return in_memory(training), in_memory(test)
+    folder = Path(config.cache) / _key(config, tokens)
+    with _locked(Path(config.cache)):  # whoever else wants these tokens finds them
+        if not folder.is_dir():
+            save_whole(folder, lambda unfinished: _write_parts(unfinished, _parts(config, tokens)))
+    return read_encoded(folder / "train"), read_encoded(folder / "test")
 
 
-def end_to_end(documents: Iterable[Sequence[int]]) -> Encoded:
-    """Encoded documents, one behind the other."""
-    stream, bounds = array("i"), array("q", [0])
-    for document in documents:
-        stream.extend(document)
-        bounds.append(len(stream))
-    return Encoded(torch.from_numpy(np.array(stream, np.int32)), torch.from_numpy(np.array(bounds, np.int64)))
+def _parts(config: TextConfig, tokens: Tokens) -> tuple[Iterable[list[int]], Iterable[list[int]]]:
+    """The documents for training and for the test, each read anew and encoded one by one."""
+
+    def encoded(chosen: Callable[[int], bool]) -> Iterator[list[int]]:
+        for index, text in enumerate(documents(config)):
+            if chosen(index):
+                yield [*tokens.encode(text), tokens.end]
+
+    total = sum(1 for _ in documents(config))
+    if total == 1:
+        (only,) = encoded(lambda index: True)
+        cut = max(round(len(only) * (1 - config.held_out)), 1)
+        return [only[:cut]], [only[cut:]]
+    count = max(round(total * config.held_out), 1)
+    test = set(random.Random(config.seed).sample(range(total), count)) if total else set()
+    return encoded(lambda index: index not in test), encoded(test.__contains__)
+
+
+def _write_parts(folder: Path, parts: tuple[Iterable[list[int]], Iterable[list[int]]]) -> None:
+    for name, part in zip(("train", "test"), parts, strict=True):
+        write_encoded(folder / name, part)
+
+
+def _key(config: TextConfig, tokens: Tokens) -> str:
+    """What tells these documents, so encoded and held out, from others: files that changed are others."""
+    files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(config)]
+    told = (files, config.field, config.limit, config.held_out, config.seed, tokens.key)
+    return hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time in; the lock of a process that was killed is gone with it."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
