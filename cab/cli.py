@@ -116,6 +116,11 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         "--attention", metavar="FILE", type=Path, help="also draw the similarity of teacher's and students' attention"
     )
     parser.add_argument("--length", metavar="N", type=int, help="of text: windows of N tokens, also longer than learnt")
+    parser.add_argument(
+        "--mqar",
+        action="store_true",
+        help="of text: also measure how well teacher and students recall pairs of tokens from their context",
+    )
     parser.set_defaults(command=_eval)
 
 
@@ -211,13 +216,15 @@ def _join(device: str) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from cab.report import table
-    from cab.run import compare_attention, evaluate
+    from cab.report import recall_table, table
+    from cab.run import compare_attention, evaluate, measure_recall
 
     print(table(*evaluate(options.run, options.data, options.length)))
     if options.attention:
         compare_attention(options.run, options.attention, options.data)
         print(f"similarity of the attention: {options.attention}")
+    if options.mqar:
+        print(f"\n{recall_table(measure_recall(options.run, options.data, options.length))}")
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,9 +25,11 @@ from cab.distill.language import LanguageTask
 from cab.distill.task import DistillationTask, LossWeights
 from cab.distill.token_losses import Divergence, DivergenceKind
 from cab.layer_map import proportional
+from cab.recall import PAIRS, recall
 from cab.refusal import refused
-from cab.report import PERPLEXITY
-from cab.run import Run
+from cab.report import PERPLEXITY, Recall
+from cab.run import Run, needs_teacher
+from cab.settings import of_arm
 from cab.students.from_teacher import start_from_teacher
 from cab.students.language import LanguageStudent, PlainLanguageModel
 from cab.task_options import task_options
@@ -121,6 +124,33 @@ class LanguageRun(Run):
         if not (folder / STUDENT).is_dir():
             return None
         return LanguageStudent(AutoModelForCausalLM.from_pretrained(folder / STUDENT)).model
+
+    def recall(self) -> Recall:
+        length, known = self.config.data.length, self.splits.test.stream.unique().long()
+        known = known[known != self.tokens.end]
+        pairs = [count for count in PAIRS if 4 * count <= length and 2 * count <= len(known)]
+        if not pairs:
+            raise UserError(
+                f"expected sequences of at least {4 * PAIRS[0]} tokens and as many as {2 * PAIRS[0]} different ones in "
+                f"the test text for --mqar, got {length} and {len(known)}"
+            )
+        device = "cuda" if self.config.device != "cpu" and torch.cuda.is_available() else "cpu"
+        accuracy: dict[str, list[float | None]] = {}
+        for name, model in self._models():
+            positions = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None) or length
+            plain = PlainLanguageModel(model).to(device).eval()
+            accuracy[name] = [recall(plain, n, known, device) if 4 * n <= positions else None for n in pairs]
+        return Recall(pairs, accuracy)
+
+    def _models(self) -> Iterator[tuple[str, nn.Module]]:
+        """The teacher, where there is one, and the students that have been trained."""
+        arms = {name: of_arm(self.config, name) for name in self.config.arms}
+        if any(map(needs_teacher, arms.values())):
+            yield "teacher", self.teacher_model(bool(self.config.teacher.steps))
+        for name, arm in arms.items():
+            student = self.load_student(arm, self.folder / name)
+            if student is not None:
+                yield name, student
 
     def _student(self, arm: LanguageConfig, teacher: HuggingFaceTeacher | None) -> LanguageStudent:
         torch.manual_seed(arm.seed)

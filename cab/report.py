@@ -49,6 +49,19 @@ class Row(NamedTuple):
     top5: float | None = None
 
 
+class Recall(NamedTuple):
+    """What models recall from their context.
+
+    Attributes:
+        pairs: of key and value in a sequence.
+        accuracy: of each model, for each number of pairs, the share of the values that it predicts; None where the
+            sequence is longer than the model takes.
+    """
+
+    pairs: list[int]
+    accuracy: dict[str, list[float | None]]
+
+
 def table(measure: Measure, rows: Sequence[Row]) -> str:
     """The rows as aligned text; '-' where an arm has no such figure, and no column for what no arm has."""
     columns = {
@@ -60,8 +73,17 @@ def table(measure: Measure, rows: Sequence[Row]) -> str:
         f"{measure.samples}/s": [_figure(row.samples_per_second, ",.0f") for row in rows],
     }
     shown = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
-    lines = [tuple(shown), *zip(*shown.values(), strict=True)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(shown))]
+    return _aligned([tuple(shown), *zip(*shown.values(), strict=True)])
+
+
+def recall_table(recall: Recall) -> str:
+    """A line for each model, a column for each number of pairs."""
+    rows = [(name, *(_figure(share, ".1%") for share in shares)) for name, shares in recall.accuracy.items()]
+    return _aligned([("recall of pairs", *map(str, recall.pairs)), *rows])
+
+
+def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
             cell.ljust(width) if column == 0 else cell.rjust(width)

@@ -26,7 +26,7 @@ from cab.config import LanguageConfig, RunConfig, UserError
 from cab.distill.task import DistillationTask
 from cab.files import write_whole
 from cab.recipe import Batch
-from cab.report import ACCURACY, PERPLEXITY, Measure, Row, plot, plot_similarity, table
+from cab.report import ACCURACY, PERPLEXITY, Measure, Recall, Row, plot, plot_similarity, table
 from cab.settings import CONFIG, of_arm, of_run, to_yaml
 from cab.trainer import Outcome, TaskTrainer
 
@@ -106,6 +106,22 @@ def compare_attention(folder: Path, file: Path, data: str | None = None, images:
     """
     run = _run(_with_data(folder, data), folder)
     plot_similarity(run.attention_similarity(images), file)
+
+
+def measure_recall(folder: Path, data: str | None = None, length: int | None = None) -> Recall:
+    """Measure how well teacher and students recall pairs from their context, and keep it as ``mqar.json``.
+
+    Args:
+        folder: of the run.
+        data: as for :func:`evaluate`; its held-out part says which tokens are known.
+        length: of the longest sequence, in place of ``data.length``.
+
+    Raises:
+        UserError: not the folder of a run on text, or a length or a text that is too short.
+    """
+    found = _run(_with_data(folder, data, length), folder).recall()
+    write_whole(folder / "mqar.json", json.dumps(found._asdict()) + "\n")
+    return found
 
 
 def _with_data(folder: Path, data: str | None, length: int | None = None) -> RunConfig:
@@ -198,6 +214,10 @@ class Run(ABC):
     def attention_similarity(self, images: int) -> dict[str, list[float]]:
         """Of every arm that has ended, the similarity of each layer's attention with its teacher layer's."""
         raise UserError(f"expected a run on images for the attention's similarity, got {self.folder}")
+
+    def recall(self) -> Recall:
+        """How well the teacher, and every student whose arm has ended, recall pairs from their context."""
+        raise UserError(f"expected a run on text for --mqar, got one on images in {self.folder}")
 
     def distill(self, say: Say) -> list[Row]:
         arms = {name: of_arm(self.config, name) for name in self.config.arms}

@@ -42,6 +42,7 @@ TOP = {"cab", "cab.__main__", "cab.build", "cab.cli", "cab.graphed", "cab.report
     "cab.callbacks",
     "cab.export",
     "cab.language_run",
+    "cab.recall",
     "cab.recipe",
     "cab.run",
     "cab.task_options",

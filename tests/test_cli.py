@@ -136,9 +136,11 @@ def test_runs_are_compared(finished: Path, tmp_path: Path, capsys: pytest.Captur
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]] == ["teacher", "soft-kd", "cab"]
 
 
-def test_a_length_is_for_text(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", str(finished), "--length", "8"]) == 2
-    assert capsys.readouterr().err.endswith(f"expected a run on text for --length, got one on images in {finished}\n")
+@pytest.mark.parametrize("option", [["--length", "8"], ["--mqar"]], ids=["length", "mqar"])
+def test_options_for_text(option: list[str], finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(finished), *option]) == 2
+    expected = f"expected a run on text for {option[0]}, got one on images in {finished}\n"
+    assert capsys.readouterr().err.endswith(expected)
 
 
 def test_resuming_takes_ended_arms_over_and_trains_what_is_missing(

@@ -104,6 +104,25 @@ def test_eval_beyond_the_length_that_was_learnt(
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
+def test_recall_of_teacher_and_students(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sequences of 4 and 8 pairs fit 32 tokens."""
+    assert main(["eval", str(finished), "--mqar", "--length", "32"]) == 0
+    lines = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    saved = json.loads((finished / "mqar.json").read_text())
+    assert (lines[0].split(), saved["pairs"]) == (["recall", "of", "pairs", "4", "8"], [4, 8])
+    assert list(saved["accuracy"]) == ["teacher", "soft-kd-a0", "cab"]
+    for line, (name, shares) in zip(lines[1:], saved["accuracy"].items(), strict=True):
+        assert line.split() == [name, *(f"{share:.1%}" for share in shares)]
+        assert all(0 <= share < 0.5 for share in shares)
+    (finished / "mqar.json").unlink()
+
+
+def test_recall_of_sequences_too_short(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(finished), "--mqar", "--length", "15"]) == 2
+    expected = "expected sequences of at least 16 tokens and as many as 8 different ones in the test text for --mqar"
+    assert capsys.readouterr().err.startswith(f"cab eval: {expected}, got 15 and ")
+
+
 def test_the_student_stands_alone_and_generates(finished: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(finished / "cab" / "student")
     assert type(model).__name__ == "MambaForCausalLM"
