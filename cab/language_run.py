@@ -20,7 +20,7 @@ from transformers import MambaConfig as MambaModelConfig
 from transformers.utils import logging
 
 from cab.config import LanguageConfig, UserError
-from cab.data.language import HuggingFaceTokens, load
+from cab.data.language import load
 from cab.distill.language import LanguageTask
 from cab.distill.task import DistillationTask, LossWeights
 from cab.distill.token_losses import Divergence, DivergenceKind
@@ -189,5 +189,4 @@ class LanguageRun(Run):
 
     def _save(self, model: nn.Module, folder: Path) -> None:
         cast(Any, model).save_pretrained(folder)
-        if isinstance(self.tokens, HuggingFaceTokens):
-            self.tokens.tokenizer.save_pretrained(folder)
+        self.tokens.save(folder)

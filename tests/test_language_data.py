@@ -132,6 +132,16 @@ def test_bytes_come_back() -> None:
         assert tokens.decode([*encoded, tokens.end]) == text
 
 
+def test_bytes_are_saved_as_a_tokenizer_of_transformers(tmp_path: Path) -> None:
+    tokens = ByteTokens()
+    tokens.save(tmp_path)
+    saved = HuggingFaceTokens(str(tmp_path))
+    assert (saved.size, saved.end) == (tokens.size, tokens.end)
+    for text in (*TEXTS, " a  b\n\t", "<0x41>", "\0", "𝄞 e\u0301"):
+        assert saved.encode(text) == tokens.encode(text)
+        assert saved.decode(tokens.encode(text)) == text
+
+
 def test_a_tokenizer_of_transformers(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

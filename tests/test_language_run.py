@@ -8,7 +8,7 @@ import pytest
 import torch
 from language_models import make
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cab.cli import main
 from cab.distill.task import LossWeights
@@ -127,7 +127,10 @@ def test_the_student_stands_alone_and_generates(finished: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(finished / "cab" / "student")
     assert type(model).__name__ == "MambaForCausalLM"
     assert not any("bridge" in name for name, _ in model.named_parameters())
-    out = model.generate(torch.tensor([list(b"import ")]), max_new_tokens=5, do_sample=False, eos_token_id=None)
+    tokenizer = AutoTokenizer.from_pretrained(finished / "cab" / "student")
+    prompt = tokenizer("import ", return_tensors="pt")
+    assert prompt["input_ids"].tolist() == [list(b"import ")]
+    out = model.generate(**prompt, max_new_tokens=5, do_sample=False, eos_token_id=None)
     assert out.shape == (1, 12)
 
 

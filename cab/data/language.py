@@ -41,6 +41,10 @@ class Tokens(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> str: ...
 
+    def save(self, folder: Path) -> None:
+        """Write it as transformers' ``AutoTokenizer`` reads it."""
+        ...
+
 
 class ByteTokens:
     """The bytes of UTF-8, and one token more for the end of a document."""
@@ -54,6 +58,18 @@ class ByteTokens:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(token for token in tokens if token < self.end).decode(errors="replace")
+
+    def save(self, folder: Path) -> None:
+        from tokenizers import Tokenizer, decoders
+        from tokenizers.models import BPE
+        from transformers import PreTrainedTokenizerFast
+
+        # It knows no text at all, and falls back to bytes.
+        names = {f"<0x{byte:02X}>": byte for byte in range(self.end)}
+        tokenizer = Tokenizer(BPE({**names, "<end>": self.end}, [], byte_fallback=True))
+        tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+        saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+        saved.save_pretrained(folder)
 
 
 class HuggingFaceTokens:
@@ -82,6 +98,9 @@ class HuggingFaceTokens:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens)
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
 
 
 class Row(TypedDict, total=False):
