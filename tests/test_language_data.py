@@ -2,6 +2,7 @@ import dataclasses
 import json
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,13 @@ from cab.config import TextConfig, UserError
 from cab.data.documents import documents
 from cab.data.encoded import in_memory, write_encoded
 from cab.data.language import (
-    ByteTokens,
     Concatenated,
-    HuggingFaceTokens,
     Isolated,
     Padded,
     Windows,
     load,
 )
+from cab.data.tokens import ByteTokens, HuggingFaceTokens
 
 TEXTS = ["first document", "second, with ünïcode", "third"]
 
@@ -251,7 +251,8 @@ def test_text_is_encoded_once_until_it_changes(tmp_path: Path, monkeypatch: pyte
     config, encoded = many(tmp_path), []
     encode = ByteTokens.encode
     monkeypatch.setattr(ByteTokens, "encode", lambda self, text: encoded.append(text) or encode(self, text))
-    before = load(config).train_tokens
+    with ThreadPoolExecutor(3) as pool:
+        (before,) = {splits.train_tokens for splits in pool.map(load, [config] * 3)}
     assert len(encoded) == 300
     assert load(dataclasses.replace(config, length=8, packing="isolated", test_tokens=9)).train_tokens == before
     assert len(encoded) == 300
@@ -267,7 +268,7 @@ def test_text_is_encoded_once_until_it_changes(tmp_path: Path, monkeypatch: pyte
 def test_a_cache_that_was_interrupted_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = many(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr("cab.data.language.write_encoded", lambda folder, part: (write_encoded(folder, part), 1 / 0))
+        patched.setattr("cab.data.encoded.write_encoded", lambda folder, part: (write_encoded(folder, part), 1 / 0))
         with pytest.raises(ZeroDivisionError):
             load(config)
     assert load(config).train_tokens == load(dataclasses.replace(config, cache=None)).train_tokens

@@ -9,7 +9,7 @@ from language_models import make
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from cab.data.language import ByteTokens
+from cab.data.tokens import ByteTokens
 from cab.students.transformers_mamba import use_cab_kernels
 
 lm_eval = pytest.importorskip("lm_eval")

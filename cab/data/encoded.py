@@ -1,15 +1,23 @@
-"""Encoded documents, end to end: in memory, or in files that are read as they are needed."""
+"""The documents of a run as tokens, end to end: in memory, or in files that are read as they are needed."""
 
 from __future__ import annotations
 
+import hashlib
+import random
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from cab.config import TextConfig
+from cab.data.documents import documents, files_of
+from cab.data.tokens import Tokens
+from cab.files import save_whole
 
 
 class Encoded(NamedTuple):
@@ -22,6 +30,25 @@ class Encoded(NamedTuple):
 
     stream: Tensor
     bounds: Tensor
+
+
+def encoded(config: TextConfig, tokens: Tokens) -> tuple[Encoded, Encoded]:
+    """The documents for training, and those for the test: whole documents, or of a single one the end.
+
+    With ``config.cache`` they are written to a folder of their own in it, unless a run on the same text has done so
+    before, and one document at a time is held in memory.
+
+    Raises:
+        UserError: there is no text.
+    """
+    if config.cache is None:
+        training, test = _parts(config, tokens)
+        return in_memory(training), in_memory(test)
+    folder = Path(config.cache) / _key(config, tokens)
+    with _locked(folder.with_suffix(".lock")):  # another process that wants the same waits, and finds it
+        if not folder.is_dir():
+            save_whole(folder, lambda unfinished: _write_parts(unfinished, _parts(config, tokens)))
+    return read_encoded(folder / "train"), read_encoded(folder / "test")
 
 
 def in_memory(documents: Iterable[Sequence[int]]) -> Encoded:
@@ -53,3 +80,44 @@ def read_encoded(folder: Path) -> Encoded:
 def _mapped(file: Path, dtype: torch.dtype) -> Tensor:
     size = file.stat().st_size // dtype.itemsize
     return torch.from_file(str(file), size=size, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+
+
+def _parts(config: TextConfig, tokens: Tokens) -> tuple[Iterable[list[int]], Iterable[list[int]]]:
+    """The documents for training and for the test, each read anew and encoded one by one."""
+
+    def part(chosen: Callable[[int], bool]) -> Iterator[list[int]]:
+        for index, text in enumerate(documents(config)):
+            if chosen(index):
+                yield [*tokens.encode(text), tokens.end]
+
+    total = sum(1 for _ in documents(config))
+    if total == 1:
+        (only,) = part(lambda index: True)
+        cut = max(round(len(only) * (1 - config.held_out)), 1)
+        return [only[:cut]], [only[cut:]]
+    count = max(round(total * config.held_out), 1)
+    test = set(random.Random(config.seed).sample(range(total), count)) if total else set()
+    return part(lambda index: index not in test), part(test.__contains__)
+
+
+def _write_parts(folder: Path, parts: tuple[Iterable[list[int]], Iterable[list[int]]]) -> None:
+    for name, part in zip(("train", "test"), parts, strict=True):
+        write_encoded(folder / name, part)
+
+
+def _key(config: TextConfig, tokens: Tokens) -> str:
+    """What tells these documents, so encoded and held out, from others: files that changed are others."""
+    files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(config)]
+    told = (files, config.field, config.limit, config.held_out, config.seed, tokens.key)
+    return hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest()
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Let one process at a time in; the lock of a process that was killed is gone with it."""
+    import fcntl
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

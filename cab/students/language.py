@@ -34,7 +34,9 @@ class PlainLanguageModel(TokenStudent):
     ) -> Tensor:
         """The last hidden states (batch, tokens, width) of tokens (batch, tokens)."""
         backbone: Any = self.model.base_model
-        options = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
+        options = {"attention_mask": attention_mask, "use_cache": False}
+        if position_ids is not None:  # which not every family takes
+            options["position_ids"] = position_ids
         return backbone(input_ids, **options).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
