@@ -39,10 +39,10 @@ def mqar(pairs: int, sequences: int, known: Tensor, generator: torch.Generator) 
 
 @torch.no_grad()
 def recall(model: PlainLanguageModel, pairs: int, known: Tensor, device: torch.device | str = "cpu") -> float:
-    """The share of the values in the second half of :func:`mqar` that the model holds for the likeliest of all tokens.
+    """The share of the keys asked for in :func:`mqar` after which the model finds their value the likeliest of all N.
 
-    It learns nothing for it: what is measured is what it does in its context. A model that knows only that one of the
-    values comes next is right once in N times.
+    It learns nothing for it: what is measured is what it does in its context. Only the values of the sequence compete,
+    since a model that was trained on text cannot know that one of them must come next. Chance is 1 / N.
 
     Args:
         model: on ``device``, in evaluation mode.
@@ -53,7 +53,8 @@ def recall(model: PlainLanguageModel, pairs: int, known: Tensor, device: torch.d
     sequences = mqar(pairs, SEQUENCES, known, torch.Generator().manual_seed(pairs)).to(device)
     right = 0
     for part in sequences.split(max(_QUERIES_AT_A_TIME // pairs, 1)):
-        values = part[:, 2 * pairs + 1 :: 2]
-        hidden = model(part)[:, 2 * pairs :: 2]
-        right += int((model.logits(hidden).argmax(-1) == values).sum())
+        told, values = part[:, 1 : 2 * pairs : 2], part[:, 2 * pairs + 1 :: 2]
+        logits = model.logits(model(part)[:, 2 * pairs :: 2])
+        likeliest = logits.gather(-1, told.unsqueeze(1).expand(-1, pairs, -1)).argmax(-1)
+        right += int((told.gather(1, likeliest) == values).sum())
     return right / (SEQUENCES * pairs)

@@ -54,7 +54,7 @@ class Recall(NamedTuple):
 
     Attributes:
         pairs: of key and value in a sequence.
-        accuracy: of each model, for each number of pairs, the share of the values that it predicts; None where the
+        accuracy: of each model, for each number of pairs, the share of the values that it recalls; None where the
             sequence is longer than the model takes.
     """
 
@@ -78,7 +78,8 @@ def table(measure: Measure, rows: Sequence[Row]) -> str:
 
 def recall_table(recall: Recall) -> str:
     """A line for each model, a column for each number of pairs."""
-    rows = [(name, *(_figure(share, ".1%") for share in shares)) for name, shares in recall.accuracy.items()]
+    accuracy: dict[str, list[float | None]] = {**recall.accuracy, "chance": [1 / pairs for pairs in recall.pairs]}
+    rows = [(name, *(_figure(share, ".1%") for share in shares)) for name, shares in accuracy.items()]
     return _aligned([("recall of pairs", *map(str, recall.pairs)), *rows])
 
 

@@ -26,11 +26,11 @@ class Remembers(nn.Module):
         return hidden
 
 
-class Guesses(Remembers):
-    """Knows that a value comes next, but not which: predicts the first one."""
+class KnowsTheText(Remembers):
+    """Prefers some tokens to others, whatever it has read."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.one_hot(ids[:, 1:2].expand_as(ids), 200).float()
+        return torch.rand(200, generator=torch.Generator().manual_seed(0)).expand(*ids.shape, 200)
 
 
 def test_pairs_are_told_and_then_asked_for_in_another_order() -> None:
@@ -52,13 +52,15 @@ def test_a_model_that_remembers_all_recalls_all(pairs: int) -> None:
 
 @pytest.mark.parametrize("pairs", [4, 16, 64])
 def test_models_that_cannot(pairs: int) -> None:
-    assert recall(Remembers(0), pairs, KNOWN) == 0
-    assert recall(Guesses(0), pairs, KNOWN) == 1 / pairs  # the first value is asked for once
+    """They choose one value for all keys, which is right for one of them."""
+    assert recall(Remembers(0), pairs, KNOWN) == 1 / pairs
+    assert recall(KnowsTheText(0), pairs, KNOWN) == 1 / pairs
 
 
 def test_a_short_memory_recalls_fewer_of_more() -> None:
     shares = [recall(Remembers(16), pairs, KNOWN) for pairs in (4, 8, 16, 32)]
     assert shares[0] == 1
     assert shares == sorted(shares, reverse=True)
-    # Within reach is the pair told as the i-th before the end and asked for as the j-th after it, i + j at most 9.
-    assert shares[-1] == pytest.approx(36 / 32**2, abs=0.015)
+    # Within reach is the pair told as the i-th before the end and asked for as the j-th after it, i + j at most 9; of
+    # the others, one value is right by chance.
+    assert shares[-1] == pytest.approx(36 / 32**2 + 1 / 32, abs=0.015)
