@@ -30,7 +30,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 
 def log_likelihood(model: nn.Module, context: str, answer: str) -> float:
-    tokens = torch.tensor([ByteTokens().encode(context + answer)])
+    tokens = torch.tensor(ByteTokens().encode([context + answer]))
     with torch.no_grad():
         of_tokens = model(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])
     return float(of_tokens[-len(answer) :].sum())

@@ -36,7 +36,7 @@ def encoded(config: TextConfig, tokens: Tokens) -> tuple[Encoded, Encoded]:
     """The documents for training, and those for the test: whole documents, or of a single one the end.
 
     With ``config.cache`` they are written to a folder of their own in it, unless a run on the same text has done so
-    before, and one document at a time is held in memory.
+    before, and few documents at a time are held in memory.
 
     Raises:
         UserError: there is no text.
@@ -61,7 +61,7 @@ def in_memory(documents: Iterable[Sequence[int]]) -> Encoded:
 
 
 def write_encoded(folder: Path, documents: Iterable[Sequence[int]]) -> None:
-    """Write the documents to a folder, from which :func:`read_encoded` takes them; only one is held at a time."""
+    """Write the documents to a folder, from which :func:`read_encoded` takes them."""
     folder.mkdir(parents=True, exist_ok=True)
     end = 0
     with (folder / "stream").open("wb") as stream, (folder / "bounds").open("wb") as bounds:
@@ -83,12 +83,11 @@ def _mapped(file: Path, dtype: torch.dtype) -> Tensor:
 
 
 def _parts(config: TextConfig, tokens: Tokens) -> tuple[Iterable[list[int]], Iterable[list[int]]]:
-    """The documents for training and for the test, each read anew and encoded one by one."""
+    """The documents for training and for the test, each read anew and encoded as they are asked for."""
 
     def part(chosen: Callable[[int], bool]) -> Iterator[list[int]]:
-        for index, text in enumerate(documents(config)):
-            if chosen(index):
-                yield [*tokens.encode(text), tokens.end]
+        for texts in _batches(text for index, text in enumerate(documents(config)) if chosen(index)):
+            yield from ([*document, tokens.end] for document in tokens.encode(texts))
 
     total = sum(1 for _ in documents(config))
     if total == 1:
@@ -98,6 +97,19 @@ def _parts(config: TextConfig, tokens: Tokens) -> tuple[Iterable[list[int]], Ite
     count = max(round(total * config.held_out), 1)
     test = set(random.Random(config.seed).sample(range(total), count)) if total else set()
     return part(lambda index: index not in test), part(test.__contains__)
+
+
+def _batches(texts: Iterable[str], characters: int = 100_000) -> Iterator[list[str]]:
+    """As many texts at a time as have so many characters together: a tokenizer encodes them side by side."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _write_parts(folder: Path, parts: tuple[Iterable[list[int]], Iterable[list[int]]]) -> None:

@@ -22,8 +22,8 @@ class Tokens(Protocol):
     end: int
     key: str
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without any that stand for its beginning or end."""
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of texts, without any that stand for their beginning or end."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str: ...
@@ -40,8 +40,8 @@ class ByteTokens:
     end = 256
     key = "bytes"
 
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [list(text.encode()) for text in texts]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(token for token in tokens if token < self.end).decode(errors="replace")
@@ -80,8 +80,8 @@ class HuggingFaceTokens:
         self.end: int = self.tokenizer.eos_token_id
         self.key = repr(sorted(self.tokenizer.get_vocab().items()))
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens)
