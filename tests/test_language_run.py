@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from language_models import make
 from torch import nn
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cab.cli import main
 from cab.distill.task import LossWeights
 from cab.distill.token_losses import Divergence
+from cab.trainer import TaskTrainer
 
 TINY = [
     "device=cpu",
@@ -183,6 +185,33 @@ def test_a_run_on_cached_tokens_is_the_run_on_those_in_memory(finished: Path, tm
     assert [row["score"] for row in rows_of(tmp_path / "run").values()] == [
         row["score"] for row in rows_of(finished).values()
     ]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # newer Pythons warn of how torch starts its processes
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed documents, from files, by a process that loads them."""
+    settings = ["arms=ce", "data.packing=isolated", f"data.cache={tmp_path / 'cache'}", "data.workers=1"]
+    words = distill(*settings, "optim.steps=6", "save_every=2")
+    training_step, taken = TaskTrainer.training_step, []
+
+    def interrupted(self: TaskTrainer, *args: object) -> torch.Tensor:
+        taken.append(self)
+        if len(taken) == 4:
+            raise KeyboardInterrupt
+        return training_step(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TaskTrainer, "training_step", interrupted)
+        with pytest.raises(SystemExit):
+            main([*words, "--out", str(tmp_path / "interrupted")])
+    assert (tmp_path / "interrupted" / "ce" / "checkpoint-2").is_dir()
+    assert main(["distill", "--resume", str(tmp_path / "interrupted")]) == 0
+    assert main([*words, "--out", str(tmp_path / "straight")]) == 0
+    resumed, straight = (
+        safetensors.torch.load_file(tmp_path / run / "ce" / "student" / "model.safetensors")
+        for run in ("interrupted", "straight")
+    )
+    assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
 
 
 def test_the_loss_is_that_of_the_configuration(tmp_path: Path) -> None:
