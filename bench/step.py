@@ -13,21 +13,17 @@ one CUDA graph, as the trainer does.
 from __future__ import annotations
 
 import argparse
-import gc
-import statistics
-from collections.abc import Callable
 
 import timm
 import torch
 from _machine import describe_machine
+from _timing import WARMUP, measured, print_kernels
 
 import cab.students.vim  # noqa: F401  (registers the students)
 from cab.bridge import Bridges
 from cab.distill.vision import VisionTask
 from cab.graphed import GraphedStep
 from cab.teachers.timm import TimmTeacher
-
-WARMUP, STEPS = 5, 20
 
 
 def make_task(student_name: str, teacher_name: str, align: bool) -> VisionTask:
@@ -61,27 +57,8 @@ class Step:
         self.optimizer.step()
 
 
-def milliseconds(step: Callable[[], None]) -> float:
-    """The median of single steps, from one event to the next."""
-    for _ in range(WARMUP):
-        step()
-    times = []
-    for _ in range(STEPS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
 def measure(student: str, teacher: str, align: bool, batch: int, dtype: torch.dtype, graph: bool) -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    ms = milliseconds(Step(make_task(student, teacher, align), batch, dtype, graph))
-    peak = torch.cuda.max_memory_allocated() / 2**30
+    ms, peak = measured(lambda: Step(make_task(student, teacher, align), batch, dtype, graph))
     loss = "KL + alignment" if align else "KL"
     how = "graphed" if graph else "eager"
     print(
@@ -108,15 +85,7 @@ def profile(student: str, teacher: str, batch: int, count: int) -> None:
     torch.cuda.synchronize()
     phases = zip(("forward", "backward", "optimiser"), marks, marks[1:], strict=False)
     print("\n" + ", ".join(f"{name} {start.elapsed_time(end):.1f} ms" for name, start, end in phases))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-        step()
-        torch.cuda.synchronize()
-    kernels = sorted(trace.key_averages(), key=lambda event: -event.self_device_time_total)
-    total = sum(event.self_device_time_total for event in kernels) / 1000
-    launches = sum(event.count for event in kernels)
-    print(f"{launches} launches, {total:.1f} ms on the device:")
-    for event in kernels[:count]:
-        print(f"  {event.self_device_time_total / 1000:7.2f} ms {event.count:5d} x {event.key[:110]}")
+    print_kernels(step, count)
 
 
 def main() -> None:
