@@ -6,6 +6,7 @@ from cab_kernels.conv import causal_conv1d_fn, causal_conv1d_ref, causal_conv1d_
 from cab_kernels.norm import rms_norm_fn, rms_norm_ref
 from cab_kernels.qk.op import extract_qk
 from cab_kernels.qk.reference import HeadNorm, Rope, extract_qk_ref
+from cab_kernels.scan.bidirectional import bidirectional_selective_scan_fn, bidirectional_selective_scan_ref
 from cab_kernels.scan.op import selective_scan_fn
 from cab_kernels.scan.reference import selective_scan_ref
 from cab_kernels.scan.step import selective_state_update, selective_state_update_ref
@@ -13,6 +14,8 @@ from cab_kernels.scan.step import selective_state_update, selective_state_update
 __all__ = [
     "HeadNorm",
     "Rope",
+    "bidirectional_selective_scan_fn",
+    "bidirectional_selective_scan_ref",
     "bridge_mse",
     "bridge_mse_grouped",
     "bridge_mse_grouped_ref",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cab.students.recompute import Recomputed
 from cab.students.student import Projections
-from cab_kernels import causal_conv1d_fn, selective_scan_fn
+from cab_kernels import bidirectional_selective_scan_fn, causal_conv1d_fn
 
 AInit = Literal["s4d", "zero"]
 
@@ -65,51 +65,49 @@ class BidirectionalMamba(nn.Module):
             The mixed tokens (batch, length, d_model), and B and C of the forward and of the backward direction.
         """
         x, z = (half.transpose(1, 2) for half in self.in_proj(hidden).chunk(2, dim=-1))
-        out, projections = self._scan(x, z, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, reverse=False)
-        out_b, projections_b = self._scan(
-            x, z, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True
-        )
-        mean = F.linear((out + out_b).transpose(1, 2), self.out_proj.weight / 2)
-        return mean, (projections, projections_b)
+        recomputed = Recomputed()
+        with recomputed:
+            u, delta, projections = self._project(x, self.conv1d, self.x_proj, self.dt_proj, recomputed, reverse=False)
+            u_b, delta_b, projections_b = self._project(
+                x, self.conv1d_b, self.x_proj_b, self.dt_proj_b, recomputed, reverse=True
+            )
+            out = bidirectional_selective_scan_fn(
+                (u, u_b),
+                (delta, delta_b),
+                [-torch.exp(a_log.float()) for a_log in (self.A_log, self.A_b_log)],
+                [way.B.transpose(1, 2) for way in (projections, projections_b)],
+                [way.C.transpose(1, 2) for way in (projections, projections_b)],
+                [self.D.float(), self.D_b.float()],
+                z,
+                [self.dt_proj.bias.float(), self.dt_proj_b.bias.float()],
+                delta_softplus=True,
+            )
+        return F.linear(out.transpose(1, 2), self.out_proj.weight / 2), (projections, projections_b)
 
-    def _scan(
+    def _project(
         self,
         x: Tensor,
-        z: Tensor,
         conv: nn.Conv1d,
         x_proj: nn.Linear,
         dt_proj: nn.Linear,
-        a_log: Tensor,
-        skip: Tensor,
+        recomputed: Recomputed,
         *,
         reverse: bool,
-    ) -> tuple[Tensor, Projections]:
+    ) -> tuple[Tensor, Tensor, Projections]:
+        """What a direction scans: u and delta (batch, d_inner, length), which ``recomputed`` makes again, B and C."""
+
         def convolve(x: Tensor) -> Tensor:
             return causal_conv1d_fn(x, conv.weight.squeeze(1), conv.bias, "silu", reverse=reverse)
 
         def expand(low_rank: Tensor) -> Tensor:
             return F.linear(low_rank, dt_proj.weight.to(low_rank.dtype)).transpose(1, 2)
 
-        recomputed = Recomputed()
-        with recomputed:
-            u = convolve(x)
-            recomputed.register(u, convolve, x)
-            low_rank, B, C = x_proj(u.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-            delta = expand(low_rank)
-            recomputed.register(delta, expand, low_rank)
-            out = selective_scan_fn(
-                u,
-                delta,
-                -torch.exp(a_log.float()),
-                B.transpose(1, 2),
-                C.transpose(1, 2),
-                skip.float(),
-                z=z,
-                delta_bias=dt_proj.bias.float(),
-                delta_softplus=True,
-                reverse=reverse,
-            )
-        return out, Projections(B, C)
+        u = convolve(x)
+        recomputed.register(u, convolve, x)
+        low_rank, B, C = x_proj(u.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        delta = expand(low_rank)
+        recomputed.register(delta, expand, low_rank)
+        return u, delta, Projections(B, C)
 
 
 def _depthwise_conv(channels: int, width: int) -> nn.Conv1d:

@@ -36,7 +36,9 @@ from cab_kernels.scan.device_kernels import (
 )
 from cab_kernels.scan.forward_kernels import (
     channels_of,
+    direction_of,
     load_matrix,
+    one_of,
     place_in,
     row_of,
     sequence_of,
@@ -77,7 +79,7 @@ def _selective_scan_bwd_kernel(
     SOFTPLUS: tl.constexpr,
     S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
     ORDERS: tl.constexpr, SPAN: tl.constexpr, SPLIT: tl.constexpr, PAD: tl.constexpr,
-    NATIVE: tl.constexpr,
+    BOTH: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Owns a span of a block of channels of a sequence, or all of its steps unless SPLIT; walks them back.
 
@@ -108,18 +110,20 @@ def _selective_scan_bwd_kernel(
         end = count
     block = first_block + pid % blocks
     lane, base, own, edge, group = channels_of(block, channels, groups, S, R)
+    second, skip = direction_of(group, groups, dim, BOTH)
     mask = own < edge
-    row = tl.where(mask, own, 0)
+    row = tl.where(mask, own - skip, 0)
     part = lane % S // R * STEPS
     limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
     state = states_of(lane, S, NT, ORDERS)
-    A = load_matrix(A_ptr, base, edge, 0, dstate, lane, state, S, R, NT, NATIVE)
+    A_ptr = one_of(A_ptr, second, BOTH)
+    A = load_matrix(A_ptr, base - skip, edge - skip, 0, dstate, lane, state, S, R, NT, NATIVE)
     D = 0.0
     if D_ptr is not None:
-        D = tl.load(D_ptr + row).to(tl.float32)
+        D = tl.load(one_of(D_ptr, second, BOTH) + row).to(tl.float32)
     bias = 0.0
     if delta_bias_ptr is not None:
-        bias = tl.load(delta_bias_ptr + row).to(tl.float32)
+        bias = tl.load(one_of(delta_bias_ptr, second, BOTH) + row).to(tl.float32)
     if B_ptr is not None:
         B_constant = load_matrix(B_ptr, base, edge, 0, dstate, lane, state, S, R, NT, NATIVE)
     if C_ptr is not None:
@@ -141,17 +145,24 @@ def _selective_scan_bwd_kernel(
     else:
         carry = zeros
 
-    u_row = row_of(u_ptr, strides_u, sequence, first, count, row, STRIDE_U, PACKED)
-    delta_row = row_of(delta_ptr, strides_delta, sequence, first, count, row, STRIDE_DELTA, PACKED)
-    dout_row = row_of(dout_ptr, strides_dout, sequence, first, count, row, STRIDE_DOUT, PACKED)
+    u_ptr = one_of(u_ptr, second, BOTH)
+    u_row = row_of(u_ptr, strides_u, sequence, first, count, row, second, STRIDE_U, STEPS, PACKED)
+    delta_ptr = one_of(delta_ptr, second, BOTH)
+    delta_row = row_of(delta_ptr, strides_delta, sequence, first, count, row, second, STRIDE_DELTA, STEPS, PACKED)
+    dout_row = row_of(dout_ptr, strides_dout, sequence, first, count, row, second, STRIDE_DOUT, STEPS, PACKED)
     if du_ptr is not None:
-        du_row = row_of(du_ptr, strides_du, sequence, first, count, row, STRIDE_DU, PACKED)
+        du_ptr = one_of(du_ptr, second, BOTH)
+        du_row = row_of(du_ptr, strides_du, sequence, first, count, row, second, STRIDE_DU, STEPS, PACKED)
     if ddelta_ptr is not None:
-        ddelta_row = row_of(ddelta_ptr, strides_ddelta, sequence, first, count, row, STRIDE_DDELTA, PACKED)
+        ddelta_ptr = one_of(ddelta_ptr, second, BOTH)
+        ddelta_row = row_of(
+            ddelta_ptr, strides_ddelta, sequence, first, count, row, second, STRIDE_DDELTA, STEPS, PACKED
+        )
     if z_ptr is not None:
-        z_row = row_of(z_ptr, strides_z, sequence, first, count, row, STRIDE_Z, PACKED)
+        z_row = row_of(z_ptr, strides_z, sequence, first, count, row, second, STRIDE_Z, STEPS, PACKED)
     if dz_ptr is not None:
-        dz_row = row_of(dz_ptr, strides_dz, sequence, first, count, row, STRIDE_DZ, PACKED)
+        dz_ptr = one_of(dz_ptr, second, BOTH)
+        dz_row = row_of(dz_ptr, strides_dz, sequence, first, count, row, second, STRIDE_DZ, STEPS, PACKED)
     rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD) * WIDTH
     rows += lane // S % ORDERS * N + lane % S * NT
     # What the fold over channels leaves in each lane: which of (B, C), and which states.
@@ -160,24 +171,24 @@ def _selective_scan_bwd_kernel(
         drows = drows_ptr + ((pid % blocks).to(tl.int64) * total_rows + first + sequence * PAD) * (2 * N)
     top = tl.maximum(begin + (tl.cdiv(end - begin, T) - 1) * T, begin)
 
-    next_u = load_steps(u_row, part + top, limit, STRIDE_U, STEPS, LAYOUT_U, NATIVE)
-    next_delta = load_steps(delta_row, part + top, limit, STRIDE_DELTA, STEPS, LAYOUT_DELTA, NATIVE)
-    next_dout = load_steps(dout_row, part + top, limit, STRIDE_DOUT, STEPS, LAYOUT_DOUT, NATIVE)
+    next_u = load_steps(u_row, part + top, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
+    next_delta = load_steps(delta_row, part + top, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
+    next_dout = load_steps(dout_row, part + top, limit, second, STRIDE_DOUT, STEPS, LAYOUT_DOUT, BOTH, NATIVE)
     if z_ptr is not None:
-        next_z = load_steps(z_row, part + top, limit, STRIDE_Z, STEPS, LAYOUT_Z, NATIVE)
+        next_z = load_steps(z_row, part + top, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
     for back in range(0, end - begin, T):
         t = top - back
         now = part + t
         then = tl.maximum(t - T, begin) + part
-        u = take_steps(next_u, STRIDE_U, STEPS, LAYOUT_U)
-        x = take_steps(next_delta, STRIDE_DELTA, STEPS, LAYOUT_DELTA)
-        dout = take_steps(next_dout, STRIDE_DOUT, STEPS, LAYOUT_DOUT)
-        next_u = load_steps(u_row, then, limit, STRIDE_U, STEPS, LAYOUT_U, NATIVE)
-        next_delta = load_steps(delta_row, then, limit, STRIDE_DELTA, STEPS, LAYOUT_DELTA, NATIVE)
-        next_dout = load_steps(dout_row, then, limit, STRIDE_DOUT, STEPS, LAYOUT_DOUT, NATIVE)
+        u = take_steps(next_u, second, STRIDE_U, STEPS, LAYOUT_U, BOTH)
+        x = take_steps(next_delta, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH)
+        dout = take_steps(next_dout, second, STRIDE_DOUT, STEPS, LAYOUT_DOUT, BOTH)
+        next_u = load_steps(u_row, then, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
+        next_delta = load_steps(delta_row, then, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
+        next_dout = load_steps(dout_row, then, limit, second, STRIDE_DOUT, STEPS, LAYOUT_DOUT, BOTH, NATIVE)
         if z_ptr is not None:
-            z = take_steps(next_z, STRIDE_Z, STEPS, LAYOUT_Z)
-            next_z = load_steps(z_row, then, limit, STRIDE_Z, STEPS, LAYOUT_Z, NATIVE)
+            z = take_steps(next_z, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH)
+            next_z = load_steps(z_row, then, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
         rows_t = rows + t.to(tl.int64) * WIDTH
         if drows_ptr is not None:
             drows_t = drows + t.to(tl.int64) * (2 * N)
@@ -235,7 +246,7 @@ def _selective_scan_bwd_kernel(
             for i in tl.static_range(STEPS):
                 gate = sigmoid(z[i], NATIVE)
                 dzs = dzs + (dout[i] * (ys[i] + D * u[i]) * gate * (1.0 + z[i] * (1.0 - gate)),)
-            store_steps(dz_row, now, limit, dzs, STRIDE_DZ, STEPS, LAYOUT_DZ, NATIVE)
+            store_steps(dz_row, now, limit, dzs, second, STRIDE_DZ, STEPS, LAYOUT_DZ, BOTH, NATIVE)
 
         # And back.
         dxs = ()
@@ -325,9 +336,9 @@ def _selective_scan_bwd_kernel(
             dbias += g
             ddeltas = ddeltas + (g,)
         if du_ptr is not None:
-            store_steps(du_row, now, limit, dus, STRIDE_DU, STEPS, LAYOUT_DU, NATIVE)
+            store_steps(du_row, now, limit, dus, second, STRIDE_DU, STEPS, LAYOUT_DU, BOTH, NATIVE)
         if ddelta_ptr is not None:
-            store_steps(ddelta_row, now, limit, ddeltas, STRIDE_DDELTA, STEPS, LAYOUT_DDELTA, NATIVE)
+            store_steps(ddelta_row, now, limit, ddeltas, second, STRIDE_DDELTA, STEPS, LAYOUT_DDELTA, BOTH, NATIVE)
 
     parts = task * parts_width
     if dA_ptr is not None:
@@ -347,9 +358,9 @@ def _selective_scan_bwd_kernel(
         dbias += from_lane(dbias, lane ^ (R << level))
     first_part = mask & (lane % S < R)
     if dD_ptr is not None:
-        tl.store(dD_ptr + parts + row, dD, mask=first_part)
+        tl.store(dD_ptr + parts + own, dD, mask=first_part)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + parts + row, dbias, mask=first_part)
+        tl.store(dbias_ptr + parts + own, dbias, mask=first_part)
 
 
 @jit
@@ -408,6 +419,7 @@ def _sum_rows_kernel(
     REVERSE: tl.constexpr,
     dB_BY_STEP: tl.constexpr,
     dC_BY_STEP: tl.constexpr,
+    BOTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Owns BLOCK steps of a sequence and group: adds up what the group's blocks of channels gave dB and dC.
@@ -447,11 +459,13 @@ def _sum_rows_kernel(
     if sums_ptr is not None:
         tl.store(sums_ptr, total_B, mask=inside)
         tl.store(sums_ptr + N, total_C, mask=inside)
-    if REVERSE:
-        time = (time + count - 1 - steps).to(tl.int64)
-    else:
-        time = (time + steps).to(tl.int64)
+    groups = tl.num_programs(2)
+    second, _ = direction_of(group, groups, 0, BOTH)
+    time = (time + tl.where(second != REVERSE, count - 1 - steps, steps)).to(tl.int64)
+    of_direction = group - tl.where(second, groups // 2, 0)
     if dB_ptr is not None:
-        _store_rows_to(dB_ptr, strides_dB, batch, group, state, time, steps < count, dstate, total_B, dB_BY_STEP)
+        dB_ptr = one_of(dB_ptr, second, BOTH)
+        _store_rows_to(dB_ptr, strides_dB, batch, of_direction, state, time, steps < count, dstate, total_B, dB_BY_STEP)
     if dC_ptr is not None:
-        _store_rows_to(dC_ptr, strides_dC, batch, group, state, time, steps < count, dstate, total_C, dC_BY_STEP)
+        dC_ptr = one_of(dC_ptr, second, BOTH)
+        _store_rows_to(dC_ptr, strides_dC, batch, of_direction, state, time, steps < count, dstate, total_C, dC_BY_STEP)

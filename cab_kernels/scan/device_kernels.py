@@ -261,53 +261,83 @@ def store_numbers(at, values, mask, COUNT: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def _in_order(values, second, STRIDE: tl.constexpr, STEPS: tl.constexpr, LAYOUT: tl.constexpr, BOTH: tl.constexpr):
+    """From the order of memory to that of the scan, or back; with LAYOUT 0 and one direction, they are the same."""
+    turned = ()
+    for i in tl.static_range(STEPS):
+        if LAYOUT > 0 and STRIDE < 0:
+            turned = turned + (values[STEPS - 1 - i],)
+        elif BOTH and STEPS > 1:
+            turned = turned + (tl.where(second, values[STEPS - 1 - i], values[i]),)
+        else:
+            turned = turned + (values[i],)
+    return turned
+
+
+@triton.jit
 def load_steps(
-    row, first, count, STRIDE: tl.constexpr, STEPS: tl.constexpr, LAYOUT: tl.constexpr, NATIVE: tl.constexpr
+    row,
+    first,
+    count,
+    second,
+    STRIDE: tl.constexpr,
+    STEPS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BOTH: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     """STEPS steps from ``first`` on of each lane's row, zero from step ``count`` on: as loaded, see ``take_steps``.
 
     LAYOUT 0: channels lie side by side in memory, so lanes coalesce step by step. LAYOUT 1: steps lie side by side, and
     go through shared memory. LAYOUT 2: they are aligned too, and each lane loads its own 8 or 16 bytes.
+
+    Where BOTH directions share the launch (LAYOUT 0, STRIDE positive), the second one's rows begin with the last of
+    STEPS steps, see ``row_of``: so distances within them are constants in either direction.
     """
     if LAYOUT > 0:
         at, mask = _tile(row, first, count, STRIDE, STEPS, LAYOUT == 2)
         return tl.load(at, mask=mask, other=0.0)
     else:
         values = ()
-        start = row + first.to(tl.int64) * STRIDE
+        start = row + first.to(tl.int64) * tl.where(second, -STRIDE, STRIDE)
         for i in tl.static_range(STEPS):
-            values = values + (load_one(start + i * STRIDE, first + i < count, NATIVE),)
+            step = first + tl.where(second, STEPS - 1 - i, i)
+            values = values + (load_one(start + i * STRIDE, step < count, NATIVE),)
         return values
 
 
 @triton.jit
-def take_steps(loaded, STRIDE: tl.constexpr, STEPS: tl.constexpr, LAYOUT: tl.constexpr):
+def take_steps(loaded, second, STRIDE: tl.constexpr, STEPS: tl.constexpr, LAYOUT: tl.constexpr, BOTH: tl.constexpr):
     """What ``load_steps`` loaded, as a tuple of float32."""
     if LAYOUT > 0:
         loaded = unstack(loaded, STEPS)
+    loaded = _in_order(loaded, second, STRIDE, STEPS, LAYOUT, BOTH)
     values = ()
     for i in tl.static_range(STEPS):
-        if LAYOUT > 0 and STRIDE < 0:
-            values = values + (loaded[STEPS - 1 - i].to(tl.float32),)
-        else:
-            values = values + (loaded[i].to(tl.float32),)
+        values = values + (loaded[i].to(tl.float32),)
     return values
 
 
 @triton.jit
 def store_steps(
-    row, first, count, values, STRIDE: tl.constexpr, STEPS: tl.constexpr, LAYOUT: tl.constexpr, NATIVE: tl.constexpr
+    row,
+    first,
+    count,
+    values,
+    second,
+    STRIDE: tl.constexpr,
+    STEPS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BOTH: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
-    """Store a lane's STEPS values to its row, those before step ``count``."""
+    """Store a lane's STEPS values to its row, those before step ``count``; see ``load_steps``."""
+    values = _in_order(values, second, STRIDE, STEPS, LAYOUT, BOTH)
     if LAYOUT > 0:
-        if STRIDE < 0:
-            turned = ()
-            for i in tl.static_range(STEPS):
-                turned = turned + (values[STEPS - 1 - i],)
-            values = turned
         at, mask = _tile(row, first, count, STRIDE, STEPS, LAYOUT == 2)
         tl.store(at, stack(values, STEPS).to(row.dtype.element_ty), mask=mask)
     else:
-        start = row + first.to(tl.int64) * STRIDE
+        start = row + first.to(tl.int64) * tl.where(second, -STRIDE, STRIDE)
         for i in tl.static_range(STEPS):
-            store_one(start + i * STRIDE, values[i], first + i < count, NATIVE)
+            step = first + tl.where(second, STEPS - 1 - i, i)
+            store_one(start + i * STRIDE, values[i], step < count, NATIVE)

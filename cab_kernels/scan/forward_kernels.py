@@ -79,14 +79,49 @@ def channels_of(block, channels, groups, S: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def row_of(ptr, strides, sequence, first, end, channel, STRIDE: tl.constexpr, PACKED: tl.constexpr):
-    """Pointer to a channel's first step in the order of the scan; STRIDE is negative for a reversed one."""
+def direction_of(group, groups, dim, BOTH: tl.constexpr):
+    """Where BOTH directions of a bidirectional scan share a launch, the second half of the groups runs from the end.
+
+    Returns whether the group does, and how many channels come before those of its direction: scratch has both
+    directions' channels side by side, what the caller gave, or gets, comes in pairs (see ``one_of``).
+    """
+    second = (group >= groups // 2) & BOTH
+    return second, tl.where(second, dim // 2, 0)
+
+
+@triton.jit
+def one_of(pair, second, BOTH: tl.constexpr):
+    """The direction's pointer of a pair; without BOTH, the only one."""
+    if BOTH:
+        return tl.where(second, pair[1], pair[0])
+    else:
+        return pair
+
+
+@triton.jit
+def row_of(
+    ptr,
+    strides,
+    sequence,
+    first,
+    end,
+    channel,
+    second,
+    STRIDE: tl.constexpr,
+    STEPS: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Pointer to a channel's first step in the order of the scan; STRIDE is negative for a reversed one.
+
+    In the second of two directions, it points to the last of a lane's STEPS steps, which then comes first in memory.
+    """
     if PACKED:
         row = ptr + first * (STRIDE if STRIDE > 0 else -STRIDE)
     else:
         row = ptr + sequence * strides[0]
     if STRIDE < 0:
         row += (end - 1).to(tl.int64) * -STRIDE
+    row += tl.where(second, (end - STEPS).to(tl.int64) * STRIDE, 0)
     return row + channel.to(tl.int64) * strides[1]
 
 
@@ -171,7 +206,7 @@ def _selective_scan_fwd_kernel(
     SOFTPLUS: tl.constexpr, SPLIT: tl.constexpr,
     S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
     SPAN: tl.constexpr, PAD: tl.constexpr,
-    NATIVE: tl.constexpr,
+    BOTH: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Owns a block of channels of a sequence, or of one chunk of it if SPLIT.
 
@@ -197,12 +232,14 @@ def _selective_scan_fwd_kernel(
             count = length
         end = count
     lane, base, own, edge, group = channels_of(pid % blocks, channels, groups, S, R)
+    second, skip = direction_of(group, groups, dim, BOTH)
     mask = own < edge
-    row = tl.where(mask, own, 0)
+    row = tl.where(mask, own - skip, 0)
     part = lane % S // R * STEPS
     limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
     states = states_of(lane, S, NT, 1)
-    A = load_matrix(A_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
+    A_ptr = one_of(A_ptr, second, BOTH)
+    A = load_matrix(A_ptr, base - skip, edge - skip, 0, dstate, lane, states, S, R, NT, NATIVE)
     slot = first // SPAN + sequence
     if SPLIT:
         h = load_matrix(states_ptr, base, edge, (slot + begin // SPAN) * dim, N, lane, states, S, R, NT, NATIVE)
@@ -214,24 +251,27 @@ def _selective_scan_fwd_kernel(
             h = h + (tl.zeros([1, 32], tl.float32),)
     D = 0.0
     if D_ptr is not None:
-        D = tl.load(D_ptr + row).to(tl.float32)
+        D = tl.load(one_of(D_ptr, second, BOTH) + row).to(tl.float32)
     bias = 0.0
     if delta_bias_ptr is not None:
-        bias = tl.load(delta_bias_ptr + row).to(tl.float32)
+        bias = tl.load(one_of(delta_bias_ptr, second, BOTH) + row).to(tl.float32)
     if B_ptr is not None:
         B_constant = load_matrix(B_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
     if C_ptr is not None:
         C_constant = load_matrix(C_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
-    u_row = row_of(u_ptr, strides_u, sequence, first, count, row, STRIDE_U, PACKED)
-    delta_row = row_of(delta_ptr, strides_delta, sequence, first, count, row, STRIDE_DELTA, PACKED)
-    out_row = row_of(out_ptr, strides_out, sequence, first, count, row, STRIDE_OUT, PACKED)
+    u_ptr = one_of(u_ptr, second, BOTH)
+    u_row = row_of(u_ptr, strides_u, sequence, first, count, row, second, STRIDE_U, STEPS, PACKED)
+    delta_ptr = one_of(delta_ptr, second, BOTH)
+    delta_row = row_of(delta_ptr, strides_delta, sequence, first, count, row, second, STRIDE_DELTA, STEPS, PACKED)
+    out_ptr = one_of(out_ptr, second, BOTH)
+    out_row = row_of(out_ptr, strides_out, sequence, first, count, row, second, STRIDE_OUT, STEPS, PACKED)
     rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD + begin) * (2 * N) + lane % S * NT
 
-    next_u = load_steps(u_row, part + begin, limit, STRIDE_U, STEPS, LAYOUT_U, NATIVE)
-    next_delta = load_steps(delta_row, part + begin, limit, STRIDE_DELTA, STEPS, LAYOUT_DELTA, NATIVE)
+    next_u = load_steps(u_row, part + begin, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
+    next_delta = load_steps(delta_row, part + begin, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
     if z_ptr is not None:
-        z_row = row_of(z_ptr, strides_z, sequence, first, count, row, STRIDE_Z, PACKED)
-        next_z = load_steps(z_row, part + begin, limit, STRIDE_Z, STEPS, LAYOUT_Z, NATIVE)
+        z_row = row_of(z_ptr, strides_z, sequence, first, count, row, second, STRIDE_Z, STEPS, PACKED)
+        next_z = load_steps(z_row, part + begin, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
     if B_ptr is None:
         next_B = load_rows(rows, T, 2 * N, NT, NATIVE)
     if C_ptr is None:
@@ -247,13 +287,13 @@ def _selective_scan_fwd_kernel(
                 store_numbers(at, values, channel < edge, NT, NATIVE)
         for t in range(span, min(span + SPAN, end), T):
             now = part + t
-            u = take_steps(next_u, STRIDE_U, STEPS, LAYOUT_U)
-            x = take_steps(next_delta, STRIDE_DELTA, STEPS, LAYOUT_DELTA)
-            next_u = load_steps(u_row, now + T, limit, STRIDE_U, STEPS, LAYOUT_U, NATIVE)
-            next_delta = load_steps(delta_row, now + T, limit, STRIDE_DELTA, STEPS, LAYOUT_DELTA, NATIVE)
+            u = take_steps(next_u, second, STRIDE_U, STEPS, LAYOUT_U, BOTH)
+            x = take_steps(next_delta, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH)
+            next_u = load_steps(u_row, now + T, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
+            next_delta = load_steps(delta_row, now + T, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
             if z_ptr is not None:
-                z = take_steps(next_z, STRIDE_Z, STEPS, LAYOUT_Z)
-                next_z = load_steps(z_row, now + T, limit, STRIDE_Z, STEPS, LAYOUT_Z, NATIVE)
+                z = take_steps(next_z, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH)
+                next_z = load_steps(z_row, now + T, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
             rows += T * 2 * N
             if B_ptr is None:
                 this_B = next_B
@@ -303,7 +343,7 @@ def _selective_scan_fwd_kernel(
                 if z_ptr is not None:
                     y *= z[i] * sigmoid(z[i], NATIVE)
                 outs = outs + (y,)
-            store_steps(out_row, now, limit, outs, STRIDE_OUT, STEPS, LAYOUT_OUT, NATIVE)
+            store_steps(out_row, now, limit, outs, second, STRIDE_OUT, STEPS, LAYOUT_OUT, BOTH, NATIVE)
     if last_ptr is not None and end == count:
         store_matrix(last_ptr, base, edge, sequence * dim, dstate, lane, states, h, S, R, NT, NATIVE)
 
@@ -350,6 +390,7 @@ def _pack_kernel(
     REVERSE: tl.constexpr,
     B_BY_STEP: tl.constexpr,
     C_BY_STEP: tl.constexpr,
+    BOTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Owns BLOCK steps of a sequence and group: lays B and C side by side, in the order of the scan, then zeros.
@@ -368,18 +409,20 @@ def _pack_kernel(
         count = tl.load(cu_seqlens_ptr + sequence + 1) - first.to(tl.int32)
         batch = sequence * 0
         time = first
-    if REVERSE:
-        time = (time + count - 1 - steps).to(tl.int64)
-    else:
-        time = (time + steps).to(tl.int64)
+    groups = tl.num_programs(2)
+    second, _ = direction_of(group, groups, 0, BOTH)
+    time = (time + tl.where(second != REVERSE, count - 1 - steps, steps)).to(tl.int64)
+    of_direction = group - tl.where(second, groups // 2, 0)
     state = tl.arange(0, N)
     at = rows_ptr + (group * total_rows + first + sequence * PAD + steps[:, None]) * (2 * ORDERS * N)
     padded = (steps < count + PAD)[:, None]
     if B_ptr is not None:
-        B = _load_rows_of(B_ptr, strides_B, batch, group, state, time, steps < count, dstate, B_BY_STEP)
+        B_ptr = one_of(B_ptr, second, BOTH)
+        B = _load_rows_of(B_ptr, strides_B, batch, of_direction, state, time, steps < count, dstate, B_BY_STEP)
         for order in tl.static_range(ORDERS):
             tl.store(at + (order * N + (state ^ order))[None, :], B, mask=padded)
     if C_ptr is not None:
-        C = _load_rows_of(C_ptr, strides_C, batch, group, state, time, steps < count, dstate, C_BY_STEP)
+        C_ptr = one_of(C_ptr, second, BOTH)
+        C = _load_rows_of(C_ptr, strides_C, batch, of_direction, state, time, steps < count, dstate, C_BY_STEP)
         for order in tl.static_range(ORDERS):
             tl.store(at + ((ORDERS + order) * N + (state ^ order))[None, :], C, mask=padded)

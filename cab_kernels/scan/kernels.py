@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -77,14 +78,23 @@ FILL_BACKWARD = 2048  # with fewer programs, backward is faster by spans
 
 
 class _Call:
-    """The sizes of a call, and what all of its launches share."""
+    """The sizes of a call, and what all of its launches share.
+
+    A bidirectional scan comes with pairs for tensors, of the same strides, and has the channels and the groups of both
+    directions.
+    """
 
     def __init__(self, u, A, B, C, cu_seqlens, delta_softplus: bool, reverse: bool) -> None:
+        self.both = isinstance(u, list)
+        u, A = _first(u), _first(A)
         self.batch, self.dim, self.length = u.shape
+        self.element_size = u.element_size()
         self.dstate = A.shape[1]
         self.N = triton.next_power_of_2(self.dstate)
-        self.B, self.C = (matrix.unsqueeze(1) if matrix.dim() == 3 else matrix for matrix in (B, C))
-        self.groups = next((matrix.shape[1] for matrix in (self.B, self.C) if matrix.dim() == 4), 1)
+        self.B, self.C = _each(_with_groups, B), _each(_with_groups, C)
+        self.groups = next((matrix.shape[1] for matrix in map(_first, (self.B, self.C)) if matrix.dim() == 4), 1)
+        if self.both:
+            self.dim, self.groups = 2 * self.dim, 2 * self.groups
         self.cu_seqlens = _contiguous(cu_seqlens)
         self.sequences = self.batch if cu_seqlens is None else len(cu_seqlens) - 1
         self.total_rows = self.batch * self.length + self.sequences * PAD
@@ -115,10 +125,11 @@ class _Call:
         """A kernel's arguments for (batch, dim, length) tensors."""
         arguments: dict[str, object] = {}
         for name, tensor in tensors.items():
-            strides, stride, layout = None, 1, 0
+            pointer, strides, stride, layout = None, None, 1, 0
             if tensor is not None:
+                pointer, tensor = _pointer(tensor), _first(tensor)
                 *strides, stride = tensor.stride()
-                if stride == 1 and strides[1] != 1:
+                if stride == 1 and strides[1] != 1 and not self.both:
                     bytes_ = tensor.element_size()
                     aligned = (
                         self.cu_seqlens is None
@@ -128,7 +139,7 @@ class _Call:
                     layout = 2 if aligned else 1
                 strides = tuple(strides)
             arguments |= {
-                f"{name}_ptr": tensor,
+                f"{name}_ptr": pointer,
                 f"strides_{name}": strides,
                 f"STRIDE_{name.upper()}": -stride if self.reverse else stride,
                 f"LAYOUT_{name.upper()}": layout,
@@ -137,8 +148,8 @@ class _Call:
 
     def projections(self) -> dict[str, object]:
         return {
-            "B_ptr": self.B.contiguous() if self.B.dim() == 2 else None,
-            "C_ptr": self.C.contiguous() if self.C.dim() == 2 else None,
+            "B_ptr": self.B.contiguous() if _constant(self.B) else None,
+            "C_ptr": self.C.contiguous() if _constant(self.C) else None,
             "rows_ptr": self.rows,
             "total_rows": self.total_rows,
         }
@@ -155,6 +166,7 @@ class _Call:
             "SOFTPLUS": self.softplus,
             "SPAN": self.span,
             "PAD": PAD,
+            "BOTH": self.both,
             "NATIVE": self.native,
             **{name: getattr(tiling, name) for name in ("S", "R", "NT", "STEPS", "PARTS")},
             "num_warps": 1,
@@ -165,14 +177,14 @@ class _Call:
 
     def pack(self, orders: int = 1) -> None:
         """Lay B and C out by step, in float32, in the order of the scan, and each in so many orders of its states."""
-        B, C = (None if matrix.dim() == 2 else matrix for matrix in (self.B, self.C))
+        B, C = (None if _constant(matrix) else matrix for matrix in (self.B, self.C))
         self.rows = self.new(self.groups * self.total_rows + PAD, 2, orders, self.N)
         if B is None and C is None:
             return
         block = max(16, min(64, 2048 // self.N))
         _pack_kernel[(self.sequences, triton.cdiv(self.length + PAD, block), self.groups)](
-            B_ptr=B,
-            C_ptr=C,
+            B_ptr=_pointer(B),
+            C_ptr=_pointer(C),
             rows_ptr=self.rows,
             cu_seqlens_ptr=self.cu_seqlens,
             length=self.length,
@@ -186,6 +198,7 @@ class _Call:
             REVERSE=self.reverse,
             B_BY_STEP=_by_step(B),
             C_BY_STEP=_by_step(C),
+            BOTH=self.both,
             BLOCK=block,
             num_warps=4,
             enable_fp_fusion=True,
@@ -220,39 +233,67 @@ class _Call:
         return [*starts, self.dim]
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, ...] | None:
-    return None if tensor is None else tensor.stride()
+def _first(given):
+    """The tensor itself, or the first of a pair."""
+    return given[0] if isinstance(given, list) else given
 
 
-def _by_step(tensor: Tensor | None) -> bool:
+def _each(function: Callable[[Tensor], Tensor], given):
+    """The function of the tensor, or of both of a pair, or None of None."""
+    if isinstance(given, list):
+        return [function(tensor) for tensor in given]
+    return None if given is None else function(given)
+
+
+def _pointer(given):
+    """As a kernel takes it."""
+    return tuple(given) if isinstance(given, list) else given
+
+
+def _with_groups(matrix: Tensor) -> Tensor:
+    return matrix.unsqueeze(1) if matrix.dim() == 3 else matrix
+
+
+def _constant(matrix) -> bool:
+    return _first(matrix).dim() == 2
+
+
+def _strides(given) -> tuple[int, ...] | None:
+    return None if given is None else _first(given).stride()
+
+
+def _by_step(given) -> bool:
     """Whether steps, and not states, lie side by side in memory."""
-    return tensor is not None and tensor.stride(3) == 1 and tensor.stride(2) != 1
+    return given is not None and _first(given).stride(3) == 1 and _first(given).stride(2) != 1
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _contiguous(given):
+    return _each(Tensor.contiguous, given)
 
 
-def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def selective_scan_fwd(
     u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, return_last_state, keep
 ):
-    """Run the forward kernel; the last state is empty unless asked for."""
-    out, last_state, states = _new_results(u, A, cu_seqlens, return_last_state, keep)
+    """Run the forward kernel; the last state is empty unless asked for.
+
+    Of a bidirectional scan, all but z comes in pairs (lists), and so does the output.
+    """
+    out, last_state, states = new_results(u, A, cu_seqlens, return_last_state, keep)
     call = _Call(u, A, B, C, cu_seqlens, delta_softplus, reverse)
     A, D, delta_bias, initial_state = map(_contiguous, (A, D, delta_bias, initial_state))
     tiling = TILINGS[call.N]
     pieces = _pieces(call, call.blocks(tiling))
     programs = call.blocks(tiling) * call.sequences * pieces
-    if u.stride(2) == 1 or programs < FEW:
+    if _first(u).stride(2) == 1 or programs < FEW:
         tiling = NARROW.get(call.N, tiling)
     elif programs > RESIDENT:
         tiling = CROWDED.get(call.N, tiling)
     blocks = call.blocks(tiling)
-    with _on_device(u):
+    with _on_device(call.device):
         call.pack()
         if pieces > 1:
             if not keep:
@@ -262,10 +303,10 @@ def selective_scan_fwd(
         tasks = call.sequences if pieces == 1 else call.tasks(chunk)[0]
         _selective_scan_fwd_kernel[(blocks * tasks,)](
             **call.projections(),
-            A_ptr=A,
-            delta_bias_ptr=delta_bias,
+            A_ptr=_pointer(A),
+            delta_bias_ptr=_pointer(delta_bias),
             **call.activations({"u": u, "delta": delta, "z": z, "out": out}, tiling),
-            D_ptr=D,
+            D_ptr=_pointer(D),
             initial_ptr=initial_state,
             states_ptr=states if keep or pieces > 1 else None,
             last_ptr=last_state if return_last_state else None,
@@ -285,8 +326,8 @@ def _sweep_forward(call: _Call, states, u, delta, A, delta_bias, initial_state) 
     tasks, chunks = call.tasks(call.span)
     _sweep_kernel[(call.blocks(sweep) * tasks,)](
         **call.projections(),
-        A_ptr=A,
-        delta_bias_ptr=delta_bias,
+        A_ptr=_pointer(A),
+        delta_bias_ptr=_pointer(delta_bias),
         **call.activations({"u": u, "delta": delta, "z": None, "dout": None}, sweep),
         states_ptr=states,
         befores_ptr=None,
@@ -318,18 +359,23 @@ def selective_scan_bwd(
     dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, states, delta_softplus, reverse,
     wanted,
 ):  # fmt: skip
-    """Run the backward kernels; ``wanted`` says which of the nine tensors from u to initial_state get a gradient."""
+    """Run the backward kernels; ``wanted`` says which of the nine tensors from u to initial_state get a gradient.
+
+    Of a bidirectional scan, all but dout and z comes in pairs, and so do the gradients; those of parameters are one
+    tensor, (2, ...).
+    """
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    gradients = _new_gradients(inputs, wanted)
+    gradients = new_gradients(inputs, wanted)
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = gradients
     call = _Call(u, A, B, C, cu_seqlens, delta_softplus, reverse)
     A, D, delta_bias, dlast_state = map(_contiguous, (A, D, delta_bias, dlast_state))
+    dzs = [dz, torch.empty_like(dz)] if call.both and dz is not None else dz
     split = call.length > call.span and call.blocks(WHOLE[call.N][1]) * call.sequences < FILL_BACKWARD
     sweep, tiling = BY_SPAN[call.N] if split else WHOLE[call.N]
     blocks = call.blocks(tiling)
     tasks, chunks = call.tasks(call.span)
     main_tasks = tasks if split else call.sequences
-    parameters = {"dA": dA, "dB": dB if B.dim() == 2 else None, "dC": dC if C.dim() == 2 else None}
+    parameters = {"dA": dA, "dB": dB if _constant(B) else None, "dC": dC if _constant(C) else None}
     parameters |= {"dD": dD, "dbias": ddelta_bias}
     ends = list(itertools.accumulate(0 if x is None else x.numel() for x in parameters.values()))
     parts = call.new(main_tasks, ends[-1])  # what each task adds to the gradients of the parameters
@@ -337,19 +383,23 @@ def selective_scan_bwd(
         f"{name}_ptr": None if gradient is None else parts.view(-1)[end - gradient.numel() :]
         for (name, gradient), end in zip(parameters.items(), ends, strict=True)
     }
-    sum_rows = (dB is not None and B.dim() > 2) or (dC is not None and C.dim() > 2)
+    varying = [None if _constant(matrix) else gradient for matrix, gradient in ((B, dB), (C, dC))]
+    sum_rows = any(gradient is not None for gradient in varying)
     dinitial = None if dinitial_state is None else call.new(*dinitial_state.shape)
     decays = torch.empty_like(states) if split else None
     adjoints = torch.empty_like(states) if split else None
     first_channels = call.first_channels(tiling)
-    per_slice = _blocks_at_once(call, tiling, u, blocks)
+    per_slice = _blocks_at_once(call, tiling, blocks)
     drows = call.new(per_slice, call.total_rows, 2, call.N) if sum_rows else None
     sums = call.new(call.groups, call.total_rows, 2, call.N) if sum_rows and per_slice < blocks else None
-    with _on_device(u):
+    with _on_device(call.device):
         call.pack(tiling.orders)
         given = {"u": u, "delta": delta, "z": z, "dout": dout}
-        both = {**call.projections(), "A_ptr": A, "delta_bias_ptr": delta_bias, "ORDERS": tiling.orders}
-        of_sweep, of_main = (call.shared(way) | call.activations(given, way) | both for way in (sweep, tiling))
+        parameters_of_both = {"A_ptr": _pointer(A), "delta_bias_ptr": _pointer(delta_bias), "ORDERS": tiling.orders}
+        of_sweep, of_main = (
+            call.shared(way) | call.activations(given, way) | call.projections() | parameters_of_both
+            for way in (sweep, tiling)
+        )
         width = max(
             first_channels[min(block + per_slice, blocks)] - first_channels[block]
             for block in range(0, blocks, per_slice)
@@ -376,11 +426,11 @@ def selective_scan_bwd(
             _selective_scan_bwd_kernel[(count * main_tasks,)](
                 **of_main,
                 **place,
-                D_ptr=D,
+                D_ptr=_pointer(D),
                 befores_ptr=befores,
                 adjoints_ptr=adjoints,
                 dlast_ptr=None if split else dlast_state,
-                **call.activations({"du": du, "ddelta": ddelta, "dz": dz}, tiling),
+                **call.activations({"du": du, "ddelta": ddelta, "dz": dzs}, tiling),
                 drows_ptr=drows,
                 **places,
                 parts_width=ends[-1],
@@ -389,7 +439,6 @@ def selective_scan_bwd(
                 SPLIT=split,
             )
             if sum_rows:
-                varying = (dB if B.dim() > 2 else None, dC if C.dim() > 2 else None)
                 _sum_rows(call, drows, sums, *varying, blocks, block, block + count)
         if ends[-1]:
             _sum_parts_kernel[(triton.cdiv(ends[-1], 128),)](
@@ -404,15 +453,17 @@ def selective_scan_bwd(
             )
     if dinitial is not None:
         dinitial_state.copy_(dinitial)
+    if isinstance(dzs, list):
+        dz += dzs[1]
     return [gradient for gradient in gradients if gradient is not None]
 
 
-def _blocks_at_once(call: _Call, tiling: Tiling, u: Tensor, blocks: int) -> int:
+def _blocks_at_once(call: _Call, tiling: Tiling, blocks: int) -> int:
     """How many blocks of channels take part at once.
 
     Their scratch is to be no larger than u, delta, z and out for states, and twice that for rows of dB and dC.
     """
-    activations = 4 * u.numel() * u.element_size()
+    activations = 4 * call.batch * call.dim * call.length * call.element_size
     states = triton.cdiv(call.batch * call.length, tiling.steps) * call.dim * call.N * 4
     rows = blocks * call.batch * call.length * 2 * call.N * 4
     slices = triton.cdiv(max(states, rows // 2), max(1, activations))
@@ -421,13 +472,13 @@ def _blocks_at_once(call: _Call, tiling: Tiling, u: Tensor, blocks: int) -> int:
 
 def _sum_rows(call: _Call, drows, sums, dB, dC, blocks: int, first_block: int, end_block: int) -> None:
     """Add up what the blocks of channels gave dB and dC."""
-    dB, dC = (x.unsqueeze(1) if x is not None and x.dim() == 3 else x for x in (dB, dC))
+    dB, dC = _each(_with_groups, dB), _each(_with_groups, dC)
     block = max(4, min(32, 1024 // call.N))
     _sum_rows_kernel[(call.sequences, triton.cdiv(call.length, block), call.groups)](
         drows_ptr=drows,
         sums_ptr=sums,
-        dB_ptr=dB,
-        dC_ptr=dC,
+        dB_ptr=_pointer(dB),
+        dC_ptr=_pointer(dC),
         cu_seqlens_ptr=call.cu_seqlens,
         length=call.length,
         total_rows=call.total_rows,
@@ -442,31 +493,36 @@ def _sum_rows(call: _Call, drows, sums, dB, dC, blocks: int, first_block: int, e
         REVERSE=call.reverse,
         dB_BY_STEP=_by_step(dB),
         dC_BY_STEP=_by_step(dC),
+        BOTH=call.both,
         BLOCK=block,
         num_warps=4,
         enable_fp_fusion=True,
     )
 
 
-def _new_results(u, A, cu_seqlens, return_last_state, keep):
+def new_results(u, A, cu_seqlens, return_last_state, keep):
+    out, channels = _each(torch.empty_like, u), len(_first(A)) * (len(A) if isinstance(A, list) else 1)
+    u, A = _first(u), _first(A)
     sequences = len(u) if cu_seqlens is None else len(cu_seqlens) - 1
     size = (sequences, *A.shape) if return_last_state else (0,)
     states = (0,)
     if keep:
         N = 1 << (A.shape[1] - 1).bit_length()
-        states = (len(u) * u.shape[2] // max(SPAN, 2 * N) + sequences, A.shape[0], N)
+        states = (len(u) * u.shape[2] // max(SPAN, 2 * N) + sequences, channels, N)
     last_state, kept = (torch.empty(shape, dtype=torch.float32, device=u.device) for shape in (size, states))
-    return torch.empty_like(u), last_state, kept
+    return out, last_state, kept
 
 
-def _new_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> list[Tensor | None]:
+def new_gradients(inputs: tuple, wanted: list[bool]) -> list:
     """Of activations in the layout of their inputs; of parameters, which have two axes or one, contiguous."""
-    return [
-        None
-        if x is None or not want
-        else torch.empty_like(x, memory_format=torch.preserve_format if x.dim() > 2 else torch.contiguous_format)
-        for x, want in zip(inputs, wanted, strict=True)
-    ]
+
+    def new(given):
+        if _first(given).dim() > 2:
+            return _each(torch.empty_like, given)
+        shape = (2, *given[0].shape) if isinstance(given, list) else given.shape
+        return _first(given).new_empty(shape)
+
+    return [new(given) if given is not None and want else None for given, want in zip(inputs, wanted, strict=True)]
 
 
 @torch.library.custom_op("cab_kernels::selective_scan", mutates_args=())
@@ -497,7 +553,7 @@ def selective_scan(
 
 @selective_scan.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, softplus, reverse, return_last_state, keep=True):
-    return _new_results(u, A, cu_seqlens, return_last_state, keep)
+    return new_results(u, A, cu_seqlens, return_last_state, keep)
 
 
 @torch.library.custom_op("cab_kernels::selective_scan_backward", mutates_args=())
@@ -544,7 +600,7 @@ def selective_scan_backward(
 def _(
     dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, states, softplus, reverse, wanted
 ):
-    gradients = _new_gradients((u, delta, A, B, C, D, z, delta_bias, initial_state), wanted)
+    gradients = new_gradients((u, delta, A, B, C, D, z, delta_bias, initial_state), wanted)
     return [gradient for gradient in gradients if gradient is not None]
 
 

@@ -123,23 +123,7 @@ def _check_arguments(
     cu_seqlens: Tensor | None,
 ) -> ArgumentCheck:
     check = ArgumentCheck("selective_scan_fn")
-    check.tensor("u", u, "batch dim length")
-    check.tensor("delta", delta, "batch dim length")
-    if isinstance(A, Tensor) and A.is_complex():
-        raise NotImplementedError("selective_scan_fn: expected A to be real, got complex A, which is not implemented")
-    check.tensor("A", A, "dim dstate", (torch.float32, torch.float64))
-    dstate = check.sizes["dstate"]
-    check.true(1 <= dstate <= MAX_DSTATE, f"dstate (A's second axis) from 1 to {MAX_DSTATE}", dstate)
-    for name, matrix in (("B", B), ("C", C)):
-        layout = check.tensor(name, matrix, ("dim dstate", "batch dstate length", "batch groups dstate length"))
-        if layout == "batch dstate length":
-            groups = check.sizes.setdefault("groups", 1)
-            check.true(groups == 1, f"{name} to have {groups} groups like B", f"shape {tuple(matrix.shape)}, one group")
-    dim, groups = check.sizes["dim"], check.sizes.get("groups", 1)
-    check.true(groups > 0 and dim % groups == 0, "dim to be a multiple of groups", f"dim {dim} and groups {groups}")
-    for name, vector in (("D", D), ("delta_bias", delta_bias)):
-        if vector is not None:
-            check.tensor(name, vector, "dim")
+    check_scanned(check, u, delta, A, B, C, D, delta_bias)
     if z is not None:
         check.tensor("z", z, "batch dim length")
     if cu_seqlens is not None:
@@ -148,6 +132,47 @@ def _check_arguments(
         sequences = "batch" if cu_seqlens is None else "sequences"
         check.tensor("initial_state", initial_state, f"{sequences} dim dstate")
     return check
+
+
+def check_scanned(
+    check: ArgumentCheck,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    which: str = "",
+    constant: bool = True,
+) -> None:
+    """Check what a scan in one direction has of its own.
+
+    Args:
+        which: follows each argument's name in messages.
+        constant: B and C may be.
+    """
+    check.tensor(f"u{which}", u, "batch dim length")
+    check.tensor(f"delta{which}", delta, "batch dim length")
+    if isinstance(A, Tensor) and A.is_complex():
+        raise NotImplementedError(
+            f"{check.function}: expected A{which} to be real, got complex A, which is not implemented"
+        )
+    check.tensor(f"A{which}", A, "dim dstate", (torch.float32, torch.float64))
+    dstate = check.sizes["dstate"]
+    check.true(1 <= dstate <= MAX_DSTATE, f"dstate (A's second axis) from 1 to {MAX_DSTATE}", dstate)
+    layouts = ("batch dstate length", "batch groups dstate length")
+    for name, matrix in (("B", B), ("C", C)):
+        layout = check.tensor(f"{name}{which}", matrix, ("dim dstate", *layouts) if constant else layouts)
+        if layout == "batch dstate length":
+            groups = check.sizes.setdefault("groups", 1)
+            got = f"shape {tuple(matrix.shape)}, one group"
+            check.true(groups == 1, f"{name}{which} to have {groups} groups like B", got)
+    dim, groups = check.sizes["dim"], check.sizes.get("groups", 1)
+    check.true(groups > 0 and dim % groups == 0, "dim to be a multiple of groups", f"dim {dim} and groups {groups}")
+    for name, vector in (("D", D), ("delta_bias", delta_bias)):
+        if vector is not None:
+            check.tensor(f"{name}{which}", vector, "dim")
 
 
 def _check_packing(check: ArgumentCheck, cu_seqlens: Tensor) -> None:

@@ -21,8 +21,10 @@ from cab_kernels.scan.device_kernels import (
 )
 from cab_kernels.scan.forward_kernels import (
     channels_of,
+    direction_of,
     load_matrix,
     load_rows,
+    one_of,
     row_of,
     sequence_of,
     source_lane,
@@ -44,7 +46,7 @@ def _sweep_kernel(
     SOFTPLUS: tl.constexpr, LOCAL: tl.constexpr, ADJOINT: tl.constexpr,
     S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
     ORDERS: tl.constexpr, EVERY: tl.constexpr, SPAN: tl.constexpr, PAD: tl.constexpr,
-    NATIVE: tl.constexpr,
+    BOTH: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Owns a span of a block of channels of a sequence; shared out like the forward kernel.
 
@@ -61,16 +63,18 @@ def _sweep_kernel(
     begin = span * SPAN
     end = min(begin + SPAN, count)
     lane, base, own, edge, group = channels_of(first_block + pid % blocks, channels, groups, S, R)
+    second, skip = direction_of(group, groups, dim, BOTH)
     mask = own < edge
-    row = tl.where(mask, own, 0)
+    row = tl.where(mask, own - skip, 0)
     part = lane % S // R * STEPS
     limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
     slot = first // SPAN + sequence + span
     states = states_of(lane, S, NT, ORDERS)
-    A = load_matrix(A_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
+    A_ptr = one_of(A_ptr, second, BOTH)
+    A = load_matrix(A_ptr, base - skip, edge - skip, 0, dstate, lane, states, S, R, NT, NATIVE)
     bias = 0.0
     if delta_bias_ptr is not None:
-        bias = tl.load(delta_bias_ptr + row).to(tl.float32)
+        bias = tl.load(one_of(delta_bias_ptr, second, BOTH) + row).to(tl.float32)
     if B_ptr is not None:
         B_constant = load_matrix(B_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
     if C_ptr is not None:
@@ -88,34 +92,36 @@ def _sweep_kernel(
     adjoint = zeros
     elapsed = tl.zeros([1, 32], tl.float32)
 
-    u_row = row_of(u_ptr, strides_u, sequence, first, count, row, STRIDE_U, PACKED)
-    delta_row = row_of(delta_ptr, strides_delta, sequence, first, count, row, STRIDE_DELTA, PACKED)
+    u_ptr = one_of(u_ptr, second, BOTH)
+    u_row = row_of(u_ptr, strides_u, sequence, first, count, row, second, STRIDE_U, STEPS, PACKED)
+    delta_ptr = one_of(delta_ptr, second, BOTH)
+    delta_row = row_of(delta_ptr, strides_delta, sequence, first, count, row, second, STRIDE_DELTA, STEPS, PACKED)
     rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD + begin) * WIDTH
     rows += lane // S % ORDERS * N + lane % S * NT
-    next_u = load_steps(u_row, part + begin, limit, STRIDE_U, STEPS, LAYOUT_U, NATIVE)
-    next_delta = load_steps(delta_row, part + begin, limit, STRIDE_DELTA, STEPS, LAYOUT_DELTA, NATIVE)
+    next_u = load_steps(u_row, part + begin, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
+    next_delta = load_steps(delta_row, part + begin, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
     if ADJOINT:
-        dout_row = row_of(dout_ptr, strides_dout, sequence, first, count, row, STRIDE_DOUT, PACKED)
-        next_dout = load_steps(dout_row, part + begin, limit, STRIDE_DOUT, STEPS, LAYOUT_DOUT, NATIVE)
+        dout_row = row_of(dout_ptr, strides_dout, sequence, first, count, row, second, STRIDE_DOUT, STEPS, PACKED)
+        next_dout = load_steps(dout_row, part + begin, limit, second, STRIDE_DOUT, STEPS, LAYOUT_DOUT, BOTH, NATIVE)
         if z_ptr is not None:
-            z_row = row_of(z_ptr, strides_z, sequence, first, count, row, STRIDE_Z, PACKED)
-            next_z = load_steps(z_row, part + begin, limit, STRIDE_Z, STEPS, LAYOUT_Z, NATIVE)
+            z_row = row_of(z_ptr, strides_z, sequence, first, count, row, second, STRIDE_Z, STEPS, PACKED)
+            next_z = load_steps(z_row, part + begin, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
     if B_ptr is None:
         next_B = load_rows(rows, T, WIDTH, NT, NATIVE)
     if ADJOINT and C_ptr is None:
         next_C = load_rows(rows + ORDERS * N, T, WIDTH, NT, NATIVE)
     for t in range(begin, end, T):
         now = part + t
-        u = take_steps(next_u, STRIDE_U, STEPS, LAYOUT_U)
-        x = take_steps(next_delta, STRIDE_DELTA, STEPS, LAYOUT_DELTA)
-        next_u = load_steps(u_row, now + T, limit, STRIDE_U, STEPS, LAYOUT_U, NATIVE)
-        next_delta = load_steps(delta_row, now + T, limit, STRIDE_DELTA, STEPS, LAYOUT_DELTA, NATIVE)
+        u = take_steps(next_u, second, STRIDE_U, STEPS, LAYOUT_U, BOTH)
+        x = take_steps(next_delta, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH)
+        next_u = load_steps(u_row, now + T, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
+        next_delta = load_steps(delta_row, now + T, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
         if ADJOINT:
-            dout = take_steps(next_dout, STRIDE_DOUT, STEPS, LAYOUT_DOUT)
-            next_dout = load_steps(dout_row, now + T, limit, STRIDE_DOUT, STEPS, LAYOUT_DOUT, NATIVE)
+            dout = take_steps(next_dout, second, STRIDE_DOUT, STEPS, LAYOUT_DOUT, BOTH)
+            next_dout = load_steps(dout_row, now + T, limit, second, STRIDE_DOUT, STEPS, LAYOUT_DOUT, BOTH, NATIVE)
             if z_ptr is not None:
-                z = take_steps(next_z, STRIDE_Z, STEPS, LAYOUT_Z)
-                next_z = load_steps(z_row, now + T, limit, STRIDE_Z, STEPS, LAYOUT_Z, NATIVE)
+                z = take_steps(next_z, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH)
+                next_z = load_steps(z_row, now + T, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
         rows += T * WIDTH
         if B_ptr is None:
             this_B = next_B

@@ -155,7 +155,13 @@ def results_and_gradients(scan: Callable, inputs: dict[str, Tensor], options: di
     return {"out": results[0], "last_state": results[1], **named}
 
 
-def assert_within_budget(scan: Callable, inputs: dict[str, Tensor], options: dict) -> None:
+def assert_within_budget(
+    scan: Callable,
+    inputs: dict[str, Tensor],
+    options: dict,
+    definition: Callable = selective_scan_ref,
+    loop: Callable = naive_scan,
+) -> None:
     """At most twice the error of the definition at the same dtypes plus one rounding, on average and at the worst.
 
     The definition's relative error is the largest among its results of one dtype: a small tensor may be right by luck.
@@ -163,14 +169,14 @@ def assert_within_budget(scan: Callable, inputs: dict[str, Tensor], options: dic
     mamba_ssm's CUDA kernels do: where little is forgotten, its errors, alike from step to step, add up.
     """
     wide = cast(inputs, others=torch.float64)
-    gold = results_and_gradients(selective_scan_ref, wide, options)
+    gold = results_and_gradients(definition, wide, options)
     got = results_and_gradients(scan, inputs, options)
-    yardsticks = [results_and_gradients(selective_scan_ref, inputs, options)]
+    yardsticks = [results_and_gradients(definition, inputs, options)]
     dtypes = {name: result.dtype for name, result in yardsticks[0].items()}
-    if inputs["u"].is_cuda:
+    if next(iter(inputs.values())).is_cuda:
         from hardware import hardware_exp
 
-        yardsticks.append(results_and_gradients(partial(naive_scan, exponential=hardware_exp), wide, options))
+        yardsticks.append(results_and_gradients(partial(loop, exponential=hardware_exp), wide, options))
     for order in (2, float("inf")):
 
         def norm(tensor: Tensor, order: float = order) -> float:

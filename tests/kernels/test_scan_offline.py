@@ -11,6 +11,8 @@ from cab_kernels.scan.kernels import PAD, TILINGS
 
 ACTIVATIONS = ("u", "delta", "z", "out", "dout", "du", "ddelta", "dz")
 ABSENT = ("D", "z", "delta_bias", "initial", "cu_seqlens", "last", "dlast", "start", "dD", "dz", "dbias", "dinitial")
+# Of a bidirectional scan, these come in pairs.
+PAIRS = ("u", "delta", "out", "du", "ddelta", "dz", "A", "B", "C", "D", "delta_bias")
 KERNELS = {
     "forward": ("_selective_scan_fwd_kernel", "_pack_kernel"),
     "states": ("_sweep_kernel", "_chain_kernel"),
@@ -18,8 +20,10 @@ KERNELS = {
 }
 
 
-def spec(module: str, kernel: str, *, options_on: bool, dstate: int, layout: int, native: bool) -> dict:
-    """All options on and B and C variable, or all options off and B and C constant."""
+def spec(
+    module: str, kernel: str, *, options_on: bool, dstate: int, layout: int, native: bool, both: bool = False
+) -> dict:
+    """All options on and B and C variable, or all options off and B and C constant; ``both`` directions, or one."""
     module = f"cab_kernels.scan.{module}_kernels"
     names = list(inspect.signature(getattr(importlib.import_module(module), kernel).fn).parameters)
     tiling = TILINGS[dstate]
@@ -27,21 +31,26 @@ def spec(module: str, kernel: str, *, options_on: bool, dstate: int, layout: int
     values |= {"SPAN": 512, "PAD": PAD, "N": dstate, "BLOCK": 16, "AHEAD": 8, "ROWS": 8, "NATIVE": native}
     values |= {"ORDERS": tiling.orders, "EVERY": tiling.steps}
     values |= dict.fromkeys(("B_BY_STEP", "dB_BY_STEP"), options_on) | dict.fromkeys(("C_BY_STEP", "dC_BY_STEP"), False)
-    values |= dict.fromkeys(("SOFTPLUS", "REVERSE", "SPLIT", "ADJOINT", "BACKWARD"), options_on)
-    values |= {"LOCAL": not options_on}
+    values |= dict.fromkeys(("SOFTPLUS", "SPLIT", "ADJOINT", "BACKWARD"), options_on)
+    values |= {"REVERSE": options_on and not both}
+    values |= {"LOCAL": not options_on, "BOTH": both}
     for name in ACTIVATIONS:
         values[f"LAYOUT_{name.upper()}"] = layout
-        values[f"STRIDE_{name.upper()}"] = (-1 if options_on else 1) * (1 if layout else 96)
+        values[f"STRIDE_{name.upper()}"] = (-1 if options_on and not both else 1) * (1 if layout else 96)
     if options_on and kernel != "_pack_kernel":  # B and C vary, and are read from what _pack_kernel made of them
         values |= {"B_ptr": None, "C_ptr": None}
     if not options_on:
         values |= {f"{name}_ptr": None for name in ABSENT}
+    if both:  # as they come with options of their own
+        values |= {f"{name}_ptr": None for name in ("initial", "cu_seqlens", "last", "dlast", "dinitial")}
     signature = {}
     for name in names:
         if name.startswith("strides_"):
             signature[name] = ["i64"] * (4 if name in ("strides_B", "strides_C", "strides_dB", "strides_dC") else 2)
         elif name.endswith("_ptr"):
-            signature[name] = "*bf16" if name.removesuffix("_ptr") in ACTIVATIONS else "*fp32"
+            kind = "*bf16" if name.removesuffix("_ptr") in ACTIVATIONS else "*fp32"
+            pairs = PAIRS + (("dB", "dC") if kernel == "_sum_rows_kernel" else ())
+            signature[name] = [kind, kind] if both and name.removesuffix("_ptr") in pairs else kind
         else:
             signature[name] = "i32"
     signature["cu_seqlens_ptr"] = "*i32"
@@ -59,6 +68,7 @@ VARIANTS = [
     {"options_on": True, "dstate": 16, "layout": 0, "native": True},
     {"options_on": False, "dstate": 2, "layout": 2, "native": True},
     {"options_on": True, "dstate": 4, "layout": 1, "native": False},
+    {"options_on": True, "dstate": 16, "layout": 0, "native": True, "both": True},
 ]
 
 

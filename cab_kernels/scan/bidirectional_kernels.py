@@ -1,0 +1,119 @@
+"""The bidirectional scan on the kernels: an op that differentiates and compiles, of one launch for both directions."""
+
+import torch
+from torch import Tensor
+
+from cab_kernels.scan.kernels import new_gradients, new_results, selective_scan_bwd, selective_scan_fwd
+
+INPUTS = 8  # u, delta, A, B, C, D, z, delta_bias
+
+
+def _by_channel(tensor: Tensor) -> Tensor:
+    """The activation with channels side by side in memory, as the launch of both directions reads it."""
+    by_step = tensor.stride(2) == 1 and tensor.stride(1) != 1
+    return tensor.mT.contiguous().mT if by_step else tensor
+
+
+def _alike(pair: list[Tensor]) -> list[Tensor] | None:
+    """The pair with the strides of its first, or None of none."""
+    if not pair:
+        return None
+    first, second = pair
+    if second.stride() != first.stride():
+        second = torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device=first.device).copy_(second)
+    return [first, second]
+
+
+def _as_read(u, delta, A, B, C, D, z, delta_bias) -> tuple:
+    """The inputs as the kernels take them."""
+    u, delta = (_alike([_by_channel(tensor) for tensor in pair]) for pair in (u, delta))
+    return u, delta, *map(_alike, (A, B, C, D)), None if z is None else _by_channel(z), _alike(delta_bias)
+
+
+@torch.library.custom_op("cab_kernels::bidirectional_selective_scan", mutates_args=())
+def bidirectional_selective_scan(
+    u: list[Tensor],
+    delta: list[Tensor],
+    A: list[Tensor],
+    B: list[Tensor],
+    C: list[Tensor],
+    D: list[Tensor],
+    z: Tensor | None,
+    delta_bias: list[Tensor],
+    delta_softplus: bool,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """``bidirectional_selective_scan_fn`` without its checks; D and delta_bias may be empty.
+
+    Second, if ``keep``, states of both directions for backward.
+    """
+    inputs = _as_read(u, delta, A, B, C, D, z, delta_bias)
+    outs, _, states = selective_scan_fwd(*inputs, None, None, delta_softplus, False, False, keep)
+    return outs[0].add_(outs[1]), states
+
+
+@bidirectional_selective_scan.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, keep=True):
+    outs, _, states = new_results([_by_channel(tensor) for tensor in u], A, None, False, keep)
+    return outs[0], states
+
+
+@torch.library.custom_op("cab_kernels::bidirectional_selective_scan_backward", mutates_args=())
+def bidirectional_selective_scan_backward(
+    dout: Tensor,
+    u: list[Tensor],
+    delta: list[Tensor],
+    A: list[Tensor],
+    B: list[Tensor],
+    C: list[Tensor],
+    D: list[Tensor],
+    z: Tensor | None,
+    delta_bias: list[Tensor],
+    states: Tensor,
+    delta_softplus: bool,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """The wanted gradients of ``bidirectional_selective_scan``, in the order of its arguments, and of itself none.
+
+    Those of u, delta, B and C are two tensors, those of A, D and delta_bias one, (2, ...).
+    """
+    inputs = _as_read(u, delta, A, B, C, D, z, delta_bias)
+    gradients = selective_scan_bwd(
+        _by_channel(dout), None, *inputs, None, None, states, delta_softplus, False, [*wanted, False]
+    )
+    return _flat(gradients)
+
+
+@bidirectional_selective_scan_backward.register_fake
+def _(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, wanted):
+    return _flat(new_gradients(_as_read(u, delta, A, B, C, D, z, delta_bias), wanted))
+
+
+def _flat(gradients: list) -> list[Tensor]:
+    return [tensor for given in gradients for tensor in (given if isinstance(given, list) else [given])]
+
+
+def _setup_context(ctx, inputs, output):
+    *given, ctx.delta_softplus, _ = inputs
+    ctx.counts = [len(x) if isinstance(x, list) else None for x in given]
+    ctx.save_for_backward(*(tensor for x in given for tensor in (x if isinstance(x, list) else [x])), output[1])
+
+
+def _backward(ctx, dout, _):
+    *tensors, states = ctx.saved_tensors
+    saved = iter(tensors)
+    inputs = [next(saved) if count is None else [next(saved) for _ in range(count)] for count in ctx.counts]
+    wanted = [any(need) if isinstance(need, list) else need for need in ctx.needs_input_grad[:INPUTS]]
+    found = iter(bidirectional_selective_scan_backward(dout, *inputs, states, ctx.delta_softplus, wanted))
+
+    def gradient_of(given, want):
+        if not want:
+            return [None] * len(given) if isinstance(given, list) else None
+        if not isinstance(given, list):
+            return next(found)
+        return [next(found), next(found)] if given[0].dim() > 2 else list(next(found).unbind())
+
+    return *map(gradient_of, inputs, wanted), None, None
+
+
+bidirectional_selective_scan.register_autograd(_backward, setup_context=_setup_context)
