@@ -8,6 +8,7 @@ written once, over 3.0 TB/s, a copy's rate on an H100; and an exponential for ea
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import pathlib
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from cab_kernels import selective_scan_fn, selective_scan_ref
+from cab_kernels import bidirectional_selective_scan_fn, selective_scan_fn, selective_scan_ref
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from _machine import describe_machine
@@ -32,6 +33,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "name" not in metafunc.fixturenames:
+        return
     names = list(RECORDED["table"])
     if metafunc.config.getoption("--sweep"):
         names += [name for name in RECORDED["sweep"] if name not in RECORDED["table"]]
@@ -95,7 +98,7 @@ def cuda_extension() -> Callable | None:
 def median(function: Callable[[], object]) -> float:
     from triton.testing import do_bench
 
-    return do_bench(function, warmup=10, rep=50, return_mode="median")
+    return do_bench(function, warmup=10, rep=30, return_mode="median")
 
 
 def graphed(function: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], None]:
@@ -114,22 +117,26 @@ class Times(NamedTuple):
     graph: tuple[float, float]
 
 
-def time_eager(scan: Callable, inputs: dict) -> tuple[float, float]:
-    leaves = list(inputs.values())
-    out = scan(**inputs, delta_softplus=True)
-    dout = torch.randn_like(out)
-    return (
-        median(lambda: scan(**inputs, delta_softplus=True)),
-        median(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)),
-    )
+@functools.lru_cache
+def time_definition(batch: int, dim: int, length: int, dstate: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Forward and backward of plain PyTorch, once after a warm-up; they do not depend on the layout."""
+    inputs = make_inputs(batch, dim, length, dstate, dtype, "channel-contiguous")
+    for _ in range(2):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        marks[0].record()
+        out = selective_scan_ref(**inputs, delta_softplus=True)
+        marks[1].record()
+        out.backward(torch.randn_like(out))
+        marks[2].record()
+    torch.cuda.synchronize()
+    return marks[0].elapsed_time(marks[1]), marks[1].elapsed_time(marks[2])
 
 
 def time_both(scan: Callable, inputs: dict) -> Times:
     leaves, stream = list(inputs.values()), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(
-        stream
-    ):  # backward runs on the stream that forward ran on, and a graph wants it to be its own
+    # Backward runs on the stream that forward ran on, and a graph wants it to be its own.
+    with torch.cuda.stream(stream):
         out = scan(**inputs, delta_softplus=True)
         dout = torch.randn_like(out)
 
@@ -142,6 +149,23 @@ def time_both(scan: Callable, inputs: dict) -> Times:
         eager = median(forward), median(backward)
         graphs = [graphed(function, stream) for function in (forward, backward)]
         return Times(eager, (median(graphs[0]), median(graphs[1])))
+
+
+def bidirectional(way: Callable) -> Callable:
+    """A scan of two directions that takes what ``make_inputs`` names, those of the second with a ``_1`` behind."""
+
+    def scan(delta_softplus: bool, z: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        names = [name for name in inputs if not name.endswith("_1")]
+        pairs = {name: [inputs[name], inputs[f"{name}_1"]] for name in names}
+        return way(**pairs, z=z, delta_softplus=delta_softplus)
+
+    return scan
+
+
+def one_by_one(z: torch.Tensor, delta_softplus: bool, **pairs: list[torch.Tensor]) -> torch.Tensor:
+    first, second = ({name: pair[way] for name, pair in pairs.items()} for way in range(2))
+    out = selective_scan_fn(**first, z=z, delta_softplus=delta_softplus)
+    return out + selective_scan_fn(**second, z=z, delta_softplus=delta_softplus, reverse=True)
 
 
 def floors(batch: int, dim: int, length: int, dstate: int, size: int) -> tuple[float, float]:
@@ -170,7 +194,7 @@ def test_scan(name: str, layout: str, benchmark, report: Callable[[str], None]) 
     rival = Times(recorded, recorded) if extension is None else time_both(extension, inputs)
     definition = (None, None)
     if batch * dim * length * dstate <= REFERENCE_NUMBERS and length <= 4096:
-        definition = time_eager(selective_scan_ref, inputs)
+        definition = time_definition(batch, dim, length, dstate, dtype)
     label = "recorded" if extension is None else "timed here"
     floor = floors(batch, dim, length, dstate, dtype.itemsize)
     for i, what in enumerate(("forward", "backward")):
@@ -183,3 +207,20 @@ def test_scan(name: str, layout: str, benchmark, report: Callable[[str], None]) 
         )
     benchmark.pedantic(lambda: selective_scan_fn(**inputs, delta_softplus=True), rounds=5, warmup_rounds=1)
     benchmark.extra_info.update(graph_ms=ours.graph, eager_ms=ours.eager, rival_ms=rival)
+
+
+@pytest.mark.parametrize(("batch", "dim", "length"), [(128, 384, 197), (8, 384, 197)])
+def test_bidirectional(batch: int, dim: int, length: int, benchmark, report: Callable[[str], None]) -> None:
+    """Both directions of a block of Vim-Tiny in one launch of each kernel, against two scans and a sum."""
+    inputs = make_inputs(batch, dim, length, 16, torch.bfloat16, "channel-contiguous")
+    inputs |= {f"{name}_1": tensor.detach().clone().requires_grad_() for name, tensor in inputs.items() if name != "z"}
+    ours, separate = (time_both(bidirectional(way), inputs) for way in (bidirectional_selective_scan_fn, one_by_one))
+    name = f"{batch}x{dim}x{length} N16 bfloat16"
+    for i, what in enumerate(("forward", "backward")):
+        report(
+            f"| {name}, both directions | {what} | {ours.graph[i]:.4f} / {ours.eager[i]:.4f} "
+            f"| {separate.graph[i]:.4f} / {separate.eager[i]:.4f} (two scans and a sum) "
+            f"| {separate.graph[i] / ours.graph[i]:.2f} / {separate.eager[i] / ours.eager[i]:.2f} | - | - | - |"
+        )
+    scan = bidirectional(bidirectional_selective_scan_fn)
+    benchmark.pedantic(lambda: scan(**inputs, delta_softplus=True), rounds=5, warmup_rounds=1)
