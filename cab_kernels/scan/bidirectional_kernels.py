@@ -41,11 +41,12 @@ def bidirectional_selective_scan(
     z: Tensor | None,
     delta_bias: list[Tensor],
     delta_softplus: bool,
-    keep: bool = True,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """``bidirectional_selective_scan_fn`` without its checks; D and delta_bias may be empty.
 
-    Second, if ``keep``, states of both directions for backward.
+    Second, if ``keep``, states of both directions for backward. It has no default: PyTorch 2.11 counts the gradients of
+    an op of lists by the arguments that differ from theirs.
     """
     inputs = _as_read(u, delta, A, B, C, D, z, delta_bias)
     outs, _, states = selective_scan_fwd(*inputs, None, None, delta_softplus, False, False, keep)
@@ -53,7 +54,7 @@ def bidirectional_selective_scan(
 
 
 @bidirectional_selective_scan.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, keep=True):
+def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, keep):
     outs, _, states = new_results([_by_channel(tensor) for tensor in u], A, None, False, keep)
     return outs[0], states
 

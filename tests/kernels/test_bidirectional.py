@@ -158,7 +158,7 @@ def test_the_op_keeps_the_rules_of_torch_library(device):
     u, delta, A, B, C, D, delta_bias = (
         [inputs[f"{name}_{way}"] for way in range(2)] for name in ("u", "delta", "A", "B", "C", "D", "delta_bias")
     )
-    arguments = (u, delta, A, B, C, D, inputs["z"], delta_bias, True)
+    arguments = (u, delta, A, B, C, D, inputs["z"], delta_bias, True, True)
     torch.library.opcheck(bidirectional_selective_scan, arguments)
 
 
