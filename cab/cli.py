@@ -12,7 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
 
-from cab.config import ARMS, PRESETS, UserError
+from cab.config import UserError
+from cab.presets import ARMS, PRESETS
 from cab.settings import of_run, resolve, to_yaml
 
 # What the extras "vision" and "language" bring; a missing one is the user's to install, any other import error is ours.

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from cab.config import (
-    ARMS,
-    PRESETS,
     Config,
     LanguageConfig,
     RunConfig,
@@ -24,6 +22,7 @@ from cab.config import (
     known_name,
     nearest,
 )
+from cab.presets import ARMS, PRESETS
 
 AnyConfig = typing.TypeVar("AnyConfig", bound=Config)
 
@@ -48,6 +47,7 @@ def resolve(
     of_user = {**_source(kind, data), **dict(map(_setting, settings))}
     config: RunConfig = _build(kind, {**PRESETS[preset].overrides, **of_file, **of_user, "preset": preset})
     for arm in config.arms:
+        known_name(arm, ARMS, "arm")
         of_arm(config, arm)  # refuses an arm that nothing is left to learn for
         for key in of_user.keys() & ARMS[arm].overrides.keys():
             fixed = ARMS[arm].overrides[key]

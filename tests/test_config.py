@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cab.config import ARMS, PRESETS, LanguageConfig, OptimConfig, UserError, VisionConfig
+from cab.config import LanguageConfig, OptimConfig, UserError, VisionConfig
+from cab.presets import ARMS, PRESETS
 from cab.settings import flatten, of_arm, of_run, resolve, to_yaml
 
 
