@@ -248,6 +248,12 @@ class BridgeConfig(Section):
     _prefix = "bridge."
 
     enabled: bool = _option(True, "align the student's B and C with the teacher's K and Q")
+    aligns: str = _option(
+        "projections",
+        "what: projections (B with K, C with Q, through bridges), or, as a control, attention (the matrix C B^T with "
+        "the teacher's softmax(Q K^T), without bridges; images only)",
+        choices=("projections", "attention"),
+    )
     hidden: int = _option(128, "width of a bridge's hidden layer; 0 makes the bridges linear", at_least=0)
     shared: bool = _option(False, "one bridge for B and one for C of a direction serve all layers")
     layer_map: str = _option(
@@ -402,6 +408,8 @@ class LanguageConfig(Config):
             raise UserError("expected data.packing=concatenated or padded for student.name=mamba2, got 'isolated'")
         if self.data.packing == "isolated" and self.graph:
             raise UserError("expected graph=false for data.packing=isolated, whose documents vary in number, got true")
+        if self.bridge.enabled and self.bridge.aligns == "attention":
+            raise UserError("expected bridge.aligns=projections for a language model, got 'attention'")
         if self.optim.layer_decay != 1:
             raise UserError(f"expected optim.layer_decay=1 for a language model, got {self.optim.layer_decay}")
         if self.data.tokenizer == "teacher" and self.teacher.name is None:

@@ -23,18 +23,24 @@ class Variant:
     kind: type[VisionConfig] | type[LanguageConfig] = VisionConfig
 
 
+_CAB = {"bridge.enabled": True, "bridge.aligns": "projections", "student.a_init": "zero"}
+
 ARMS: Mapping[str, Variant] = types.MappingProxyType(
     {
-        "cab": Variant("the paper's: bridge and A ~ 0", {"bridge.enabled": True, "student.a_init": "zero"}),
+        "cab": Variant("the paper's: bridge and A ~ 0", _CAB),
         "cab-adaptive": Variant(
             "bridge, A ~ 0; the alignment's weight follows the agreement of the gradients",
-            {"bridge.enabled": True, "student.a_init": "zero", "loss.schedule": "adaptive"},
+            {**_CAB, "loss.schedule": "adaptive"},
         ),
         "cab-softmax": Variant(
             "the published code's targets and weight: bridge to softmax of K and Q, A ~ 0",
-            {"bridge.enabled": True, "student.a_init": "zero", "bridge.targets": "softmax", "loss.align": 3.0},
+            {**_CAB, "bridge.targets": "softmax", "loss.align": 3.0},
         ),
-        "cab-s4d": Variant("bridge, Mamba's own A", {"bridge.enabled": True, "student.a_init": "s4d"}),
+        "cab-s4d": Variant("bridge, Mamba's own A", {**_CAB, "student.a_init": "s4d"}),
+        "attention": Variant(
+            "control: the whole attention matrix instead of K and Q, no bridge, A ~ 0; images only",
+            {**_CAB, "bridge.aligns": "attention"},
+        ),
         "soft-kd": Variant("control: KL alone, Mamba's own A", {"bridge.enabled": False, "student.a_init": "s4d"}),
         "soft-kd-a0": Variant("control: KL alone, A ~ 0", {"bridge.enabled": False, "student.a_init": "zero"}),
         "ce": Variant(
@@ -62,6 +68,21 @@ _IMAGENET = {
 # DeiT's augmentation (arXiv:2012.12877, table 9), which the published code uses.
 _DEIT_AUGMENTATION = {"data.augment": "rand", "data.mixup": 0.8, "data.cutmix": 1.0, "data.smoothing": 0.1}
 _IMAGENET_EPOCH = 1_281_167  # training images
+_LOW_DATA = {**_IMAGENET, "data.fraction": 0.1}
+_SMALL = {"teacher.name": "deit_small_patch16_224", "student.name": "vim_small_patch16_224"}
+
+
+def _all_data(aligned: int) -> dict[str, Any]:
+    """300 epochs on all of ImageNet-1k, of which the first ``aligned`` have the alignment."""
+    return {
+        **_IMAGENET,
+        "optim.steps": 300 * _IMAGENET_EPOCH // 512,
+        "optim.batch_size": 512,
+        "optim.lr": 5e-4,
+        "loss.schedule": "until",
+        "loss.until": aligned / 300,
+    }
+
 
 PRESETS: Mapping[str, Variant] = types.MappingProxyType(
     {
@@ -99,36 +120,29 @@ PRESETS: Mapping[str, Variant] = types.MappingProxyType(
         ),
         "imagenet-vim-tiny": Variant(
             "the paper's low-data recipe: DeiT-Tiny teaches Vim-Tiny for 600,000 steps of 64 images, whatever the "
-            "fraction (3000, 600, 300 and 150 epochs of 1, 5, 10 and 20 %); needs data.root",
-            {**_IMAGENET, "data.fraction": 0.1},
+            "--fraction (3000, 600, 300 and 150 epochs of 0.01, 0.05, 0.1 and 0.2); needs data.root",
+            _LOW_DATA,
         ),
-        "imagenet-vim-small": Variant(
-            "the same for DeiT-Small and Vim-Small",
-            {
-                **_IMAGENET,
-                "data.fraction": 0.1,
-                "teacher.name": "deit_small_patch16_224",
-                "student.name": "vim_small_patch16_224",
-            },
+        "imagenet-vim-small": Variant("the same for DeiT-Small and Vim-Small", {**_LOW_DATA, **_SMALL}),
+        "imagenet-vim-tiny-controls": Variant(
+            "the low-data recipe for the paper's method and every control, one student after the other",
+            {**_LOW_DATA, "arms": ("ce", "soft-kd", "soft-kd-a0", "cab-s4d", "attention", "cab-softmax", "cab")},
         ),
         "imagenet-vim-tiny-full": Variant(
-            "the paper's recipe for all of the data: 300 epochs, aligned for the first 35 (for 50: loss.until=0.167)",
-            {
-                **_IMAGENET,
-                "optim.steps": 300 * _IMAGENET_EPOCH // 512,
-                "optim.batch_size": 512,
-                "optim.lr": 5e-4,
-                "loss.schedule": "until",
-                "loss.until": 35 / 300,
-            },
+            "the paper's recipe for all of the data: 300 epochs, aligned for the first 35", _all_data(35)
         ),
+        "imagenet-vim-tiny-full-50": Variant("the same, aligned for the first 50", _all_data(50)),
+        "imagenet-vim-small-full": Variant(
+            "all of the data, aligned for the first 35 epochs, for DeiT-Small and Vim-Small",
+            {**_all_data(35), **_SMALL},
+        ),
+        "imagenet-vim-small-full-50": Variant("the same, aligned for the first 50", {**_all_data(50), **_SMALL}),
         "imagenet-vim-tiny-code": Variant(
             "the published code's recipe: softmax targets of weight 3, DeiT's augmentation, averaged weights",
             {
-                **_IMAGENET,
+                **_LOW_DATA,
                 **_DEIT_AUGMENTATION,
                 "arms": ("cab-softmax",),
-                "data.fraction": 0.1,
                 "student.drop_path": 0.1,
                 "optim.ema": 0.99996,
             },

@@ -30,7 +30,9 @@ def task_options(config: Config, student: Student, teacher: Teacher | None) -> d
     }
     if teacher is not None:
         options["layer_map"] = layer_map(bridge.layer_map, student.num_layers, teacher.num_layers)
-    if teacher is not None and bridge.enabled:
+    if teacher is not None and bridge.enabled and bridge.aligns == "attention":
+        options["attention"] = True
+    elif teacher is not None and bridge.enabled:
         options["bridges"] = Bridges(
             layers=student.num_layers,
             directions=student.directions,

@@ -93,7 +93,7 @@ class TaskTrainer(Trainer):
         self._logged = (0, 0.0)  # step and seconds
         super().__init__(
             model=task,
-            args=_arguments(config, folder, task.bridges is not None),
+            args=_arguments(config, folder, task.aligns),
             data_collator=default_collate,
             train_dataset=ByTurn(train, config.seed),
             eval_dataset=test,
@@ -179,7 +179,7 @@ class TaskTrainer(Trainer):
     def _compare_gradients(self, inputs: dict[str, Tensor]) -> None:
         """For an adaptive schedule or the logs, once a step however many batches accumulate in it."""
         task, step = cast(Any, self.model), self.state.global_step
-        logged = self.config.log_gradients and task.bridges is not None and task.weights.kd and task.alignment_weight
+        logged = self.config.log_gradients and task.aligns and task.weights.kd and task.alignment_weight
         wanted = task.trust is not None or logged
         if not wanted or step == self._compared_at or not AdaptiveTrust.is_due(step, self.state.max_steps):
             return
@@ -237,7 +237,7 @@ class TaskTrainer(Trainer):
         }
         layers = found.pop("align_layers", [])
         means: dict[str, float] = {**found, **{f"{LAYERS}{layer:02d}": value for layer, value in enumerate(layers)}}
-        if cast(Any, self.model).bridges is not None:
+        if cast(Any, self.model).aligns:
             means["align_weight"] = cast(Any, self.model).alignment_weight
         if self._agreement is not None:
             names = ("grad_kl", "grad_align", "grad_cosine")
@@ -353,7 +353,7 @@ def _share(batch: int) -> int:
     return share
 
 
-def _arguments(config: RunConfig, folder: Path, bridged: bool) -> TrainingArguments:
+def _arguments(config: RunConfig, folder: Path, aligns: bool) -> TrainingArguments:
     workers = config.data.workers
     cuda = torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
@@ -385,7 +385,7 @@ def _arguments(config: RunConfig, folder: Path, bridged: bool) -> TrainingArgume
         ddp_backend="gloo" if processes.count() > 1 and not on_gpu else None,
         # DDP must not wait for the gradients of bridges whose weight is 0, or of a head that only the alignment trains.
         ddp_find_unused_parameters=not (config.loss.kl or config.loss.ce)
-        or (bridged and (config.loss.schedule != "constant" or not config.loss.align)),
+        or (aligns and (config.loss.schedule != "constant" or not config.loss.align)),
         remove_unused_columns=False,
         logging_nan_inf_filter=False,  # it would synchronise each step, and hide what it filters
         report_to="none",

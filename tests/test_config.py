@@ -142,6 +142,8 @@ def test_controls_differ_from_the_bridge_in_what_they_control_for() -> None:
     assert differing("soft-kd", "soft-kd-a0") == {"student.a_init"}
     assert differing("cab", "cab-s4d") == {"student.a_init"}
     assert differing("cab", "cab-adaptive") == {"loss.schedule"}
+    assert differing("cab", "attention") == {"bridge.aligns"}
+    assert differing("cab", "cab-softmax") == {"bridge.targets", "loss.align"}
     assert differing("soft-kd", "ce") == {"loss.kl", "loss.ce"}
 
 
@@ -163,14 +165,25 @@ def test_the_published_low_data_recipe_has_one_budget(fraction: float) -> None:
     assert config.optim.lr == pytest.approx(6.25e-5)
 
 
-def test_the_published_recipe_for_all_data_stops_aligning() -> None:
-    config = resolve("imagenet-vim-tiny-full", data="x")
+@pytest.mark.parametrize("size", ["tiny", "small"])
+@pytest.mark.parametrize(("name", "aligned"), [("full", 35), ("full-50", 50)])
+def test_the_published_recipe_for_all_data_stops_aligning(size: str, name: str, aligned: int) -> None:
+    config = resolve(f"imagenet-vim-{size}-{name}", data="x")
     epochs = config.optim.steps * config.optim.batch_size / 1_281_167
-    assert epochs == pytest.approx(300, rel=1e-5)
-    assert (config.loss.schedule, config.loss.until * epochs) == ("until", pytest.approx(35, rel=1e-4))
+    assert (epochs, config.data.fraction) == (pytest.approx(300, rel=1e-5), 1.0)
+    assert (config.loss.schedule, config.loss.until * epochs) == ("until", pytest.approx(aligned, rel=1e-4))
+    assert (config.teacher.name, config.student.name) == (f"deit_{size}_patch16_224", f"vim_{size}_patch16_224")
+
+
+def test_every_control_is_trained_beside_the_method() -> None:
+    config = resolve("imagenet-vim-tiny-controls", data="x")
+    assert set(config.arms) == ARMS.keys() - {"custom", "cab-adaptive"}
+    low_data = resolve("imagenet-vim-tiny", data="x")
+    assert {key for key, value in flatten(config).items() if flatten(low_data)[key] != value} == {"preset", "arms"}
 
 
 def test_the_published_code_s_recipe() -> None:
-    arm = of_arm(resolve("imagenet-vim-tiny-code", data="x"), "cab-softmax")
+    (name,) = resolve("imagenet-vim-tiny-code", data="x").arms
+    arm = of_arm(resolve("imagenet-vim-tiny-code", data="x"), name)
     assert (arm.bridge.targets, arm.loss.align, arm.student.a_init) == ("softmax", 3.0, "zero")
     assert (arm.data.mixup, arm.data.cutmix, arm.data.smoothing, arm.optim.ema) == (0.8, 1.0, 0.1, 0.99996)

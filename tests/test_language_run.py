@@ -247,6 +247,7 @@ def test_the_loss_is_that_of_the_configuration(tmp_path: Path) -> None:
             ["data.packing=isolated", "student.name=mamba2"],
             "expected data.packing=concatenated or padded for student.name=mamba2, got 'isolated'",
         ),
+        (["arms=attention"], "expected bridge.aligns=projections for a language model, got 'attention'"),
         (["data.packing=isolated", "graph=true"], "expected graph=false for data.packing=isolated, whose documents"),
         (["data.image_size=8"], "expected a known key, got 'data.image_size'"),
     ],

@@ -187,7 +187,7 @@ def test_a_graphed_step_takes_the_place_of_forward_and_backward(splits: Splits, 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("arm", ["ce", "cab", "cab-adaptive"])
+@pytest.mark.parametrize("arm", ["ce", "cab", "cab-adaptive", "attention"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_graph_trains_like_the_eager_step(splits: Splits, tmp_path: Path, arm: str, precision: str) -> None:
     losses = []

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from cab.distill.attention import student_rows, teacher_rows
 from cab.distill.vision import VisionTask
-from cab.students.student import Projections
 
 
 @torch.no_grad()
@@ -29,26 +26,18 @@ def attention_similarity(task: VisionTask, images: Tensor) -> Tensor:
     if task.teacher is None:
         raise ValueError("attention_similarity: expected a task with a teacher, got none")
     _, projections = task.student.forward_with_projections((images - task.student_mean) / task.student_std)
-    own = (task.token_index >= 0).nonzero().flatten()
-    theirs = task.token_index[own].long()
+    own, theirs = task.own_tokens, task.their_tokens
     found: list[Tensor] = []
 
     def compare(layer: int, query: Tensor, key: Tensor) -> None:
-        students = [index for index, teacher in enumerate(task.layer_map) if teacher == layer]
-        if not students:
-            return
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        scores = query.float() @ key.float().transpose(-1, -2) / query.shape[-1] ** 0.5
-        of_teacher = scores.softmax(dim=-1).mean(dim=1)[:, theirs][:, :, theirs]
-        for index in students:
-            of_student = linear_attention(projections[index])[:, own][:, :, own]
-            found.append(F.cosine_similarity(of_student.flatten(1), of_teacher.flatten(1)).mean())
+        for index in (index for index, teacher in enumerate(task.layer_map) if teacher == layer):
+            ways = [(way.C[:, own].float(), way.B[:, own].float()) for way in projections[index]]
+            products = torch.zeros(3, len(images), device=images.device)
+            for rows, of_teacher in teacher_rows(query, key, theirs):
+                of_student, _ = student_rows(ways, rows)
+                pairs = ((of_student, of_teacher), (of_student, of_student), (of_teacher, of_teacher))
+                products += torch.stack([(one * other).sum((1, 2)) for one, other in pairs])
+            found.append((products[0] / (products[1] * products[2]).sqrt().clamp_min(1e-8)).mean())
 
     task.teacher(images, compare)
     return torch.stack(found)
-
-
-def linear_attention(directions: Sequence[Projections]) -> Tensor:
-    """C B^T (batch, length, length) of a layer; each direction sees its side of the diagonal."""
-    forward, *backward = (direction.C.float() @ direction.B.float().transpose(1, 2) for direction in directions)
-    return forward.tril() + sum(scores.triu() for scores in backward)

@@ -118,6 +118,11 @@ class DistillationTask(nn.Module):
             self.teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
+    @property
+    def aligns(self) -> bool:
+        """Whether there is an alignment, of whatever weight."""
+        return self.bridges is not None
+
     def no_weight_decay(self) -> set[str]:
         """The parameters that must not be decayed, by their names in the task."""
         spared = {f"student.{name}" for name in self.student.no_weight_decay()}

@@ -11,36 +11,62 @@ from torch import Tensor
 
 from cab.bridge import Bridges
 from cab.distill.agreement import GradientAgreement
+from cab.distill.attention import AttentionAlignment
 from cab.distill.losses import Alignment, distillation_kl
 from cab.distill.task import DistillationTask
-from cab.students.student import ImageStudent
+from cab.students.student import ImageStudent, Projections
 from cab.teachers.timm import TimmTeacher
 from cab.token_map import token_map
 
 
 class VisionTask(DistillationTask):
-    """:class:`DistillationTask` on images, which each model sees normalised with its own statistics."""
+    """:class:`DistillationTask` on images, which each model sees normalised with its own statistics.
+
+    Args beyond those of :class:`DistillationTask`:
+        attention: align attention matrices, see :class:`cab.distill.attention.AttentionAlignment`, in the place of B
+            and C through bridges.
+
+    Raises:
+        ValueError: also for ``attention`` beside bridges, or without a teacher.
+    """
 
     student: ImageStudent
     teacher: TimmTeacher | None
     student_mean: Tensor
     student_std: Tensor
     token_index: Tensor
+    own_tokens: Tensor
+    their_tokens: Tensor
 
     def __init__(
         self,
         student: ImageStudent,
         teacher: TimmTeacher | None = None,
         bridges: Bridges | None = None,
+        *,
+        attention: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(student, teacher, bridges, **options)
+        if attention and (bridges is not None or teacher is None):
+            raise ValueError(
+                "VisionTask: expected a teacher and no bridges for the attention's alignment, got "
+                + ("no teacher" if teacher is None else "bridges")
+            )
+        self.attention = attention
         data = timm.data.resolve_data_config(model=student)
         self.register_buffer("student_mean", torch.tensor(data["mean"]).view(-1, 1, 1), persistent=False)
         self.register_buffer("student_std", torch.tensor(data["std"]).view(-1, 1, 1), persistent=False)
         if teacher is not None:
             tokens = torch.tensor(token_map(student.token_layout, teacher.token_layout), dtype=torch.int32)
             self.register_buffer("token_index", tokens, persistent=False)
+            own = (tokens >= 0).nonzero().flatten()
+            self.register_buffer("own_tokens", own, persistent=False)
+            self.register_buffer("their_tokens", tokens[own].long(), persistent=False)
+
+    @property
+    def aligns(self) -> bool:
+        return self.attention or super().aligns
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
         """One batch through student, teacher and bridges.
@@ -73,9 +99,9 @@ class VisionTask(DistillationTask):
         """The student's logits and the unweighted terms of the loss."""
         alignment = None
         normalised = (images - self.student_mean) / self.student_std
-        if self.bridges is not None and align:
+        if self.aligns and align:
             logits, projections = self.student.forward_with_projections(normalised)
-            alignment = Alignment(self.bridges, projections, self.targets, self.layer_map, self.token_index)
+            alignment = self._alignment(projections)
         else:
             logits = self.student(normalised)
         terms: dict[str, Tensor] = {}
@@ -87,3 +113,8 @@ class VisionTask(DistillationTask):
         if alignment is not None:
             terms |= {"align": alignment.loss(), "align_layers": alignment.layers()}
         return logits, terms
+
+    def _alignment(self, projections: list[tuple[Projections, ...]]) -> Alignment | AttentionAlignment:
+        if self.bridges is None:
+            return AttentionAlignment(projections, self.layer_map, self.own_tokens, self.their_tokens)
+        return Alignment(self.bridges, projections, self.targets, self.layer_map, self.token_index)
