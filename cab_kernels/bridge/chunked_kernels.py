@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from cab_kernels.bridge.device_kernels import sigmoid
-from cab_kernels.bridge.fused_kernels import Call, cdiv, load_target, match_tokens, matching, pick, processors
+from cab_kernels.bridge.matching_kernels import Call, cdiv, load_target, match_tokens, matching, pick, processors
 
 CHUNK_TOKENS = 12288  # dw's read-modify-write then costs 3 % of its products
 CHUNK_BYTES = 128 * 2**20

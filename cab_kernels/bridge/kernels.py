@@ -17,14 +17,8 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from cab_kernels.bridge.chunked_kernels import bridge_mse_chunked, is_small
-from cab_kernels.bridge.fused_kernels import (
-    MAX_HIDDEN,
-    MAX_WEIGHT,
-    Call,
-    bridge_mse_fused,
-    cdiv,
-    gradient_size,
-)
+from cab_kernels.bridge.fused_kernels import MAX_HIDDEN, MAX_WEIGHT, Partials, bridge_mse_fused
+from cab_kernels.bridge.matching_kernels import Call, cdiv, gradient_sizes
 
 NEEDS_X, NEEDS_W1, NEEDS_B1, NEEDS_W2, NEEDS_B2 = 1, 2, 4, 8, 16
 FUSED_DTYPES = (torch.bfloat16, torch.float16)  # float32 operands would double every register; cuBLAS does them
@@ -32,32 +26,54 @@ BLOCK, REDUCE_BLOCK = 1024, 256
 
 
 @triton.jit
+def _sum(
+    partials_ptr, totals_ptr, size, splits, stride_total, first, bridge, BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr
+):
+    """Sum the block of partial gradients that is this program's, if it is one; return where the next ones begin."""
+    block = tl.program_id(0) - first
+    if (block >= 0) & (block < tl.cdiv(size, BLOCK)):
+        offs = block * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK_SPLITS, BLOCK), tl.float32)
+        for start in range(0, splits, BLOCK_SPLITS):
+            split = start + tl.arange(0, BLOCK_SPLITS)
+            rows = partials_ptr + (bridge * splits + split).to(tl.int64) * size
+            mask = (split < splits)[:, None] & (offs < size)[None, :]
+            total += tl.load(rows[:, None] + offs[None, :], mask=mask, other=0.0)
+        tl.store(totals_ptr + bridge.to(tl.int64) * stride_total + offs, tl.sum(total, 0), mask=offs < size)
+    return first + tl.cdiv(size, BLOCK)
+
+
+@triton.jit
 def _bridge_reduce_kernel(
-    partials_ptr,
+    inner_ptr,
+    outer_ptr,
     squares_ptr,
     counts_ptr,
     totals_ptr,
     loss_ptr,
     factor_ptr,
-    size,
-    splits,
+    inner_size,
+    outer_size,
+    inner_splits,
+    outer_splits,
     parts,
     width,
     BLOCK: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """Sum one block of a bridge's partial gradients over the splits, in order; the first program makes the loss too."""
+    """Sum one block of a bridge's partial gradients over the splits, in order; the first program makes the loss too.
+
+    Programs are numbered through the inner kernel's and the outer kernel's gradients.
+    """
     bridge = tl.program_id(1)
-    if partials_ptr is not None:
-        offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros((BLOCK_SPLITS, BLOCK), tl.float32)
-        for first in range(0, splits, BLOCK_SPLITS):
-            split = first + tl.arange(0, BLOCK_SPLITS)
-            rows = partials_ptr + (bridge * splits + split).to(tl.int64) * size
-            mask = (split < splits)[:, None] & (offs < size)[None, :]
-            total += tl.load(rows[:, None] + offs[None, :], mask=mask, other=0.0)
-        tl.store(totals_ptr + bridge.to(tl.int64) * size + offs, tl.sum(total, 0), mask=offs < size)
+    size = inner_size + outer_size
+    first = 0
+    if inner_ptr is not None:
+        first = _sum(inner_ptr, totals_ptr, inner_size, inner_splits, size, first, bridge, BLOCK, BLOCK_SPLITS)
+    if outer_ptr is not None:
+        totals_ptr += inner_size
+        first = _sum(outer_ptr, totals_ptr, outer_size, outer_splits, size, first, bridge, BLOCK, BLOCK_SPLITS)
     if tl.program_id(0) == 0:
         squares = tl.zeros((BLOCK_PARTS,), tl.float64)
         counts = tl.zeros((BLOCK_PARTS,), tl.int64)
@@ -188,13 +204,12 @@ def _forward(
         needs_w1, needs_w2 = bool(needs & (NEEDS_W1 | NEEDS_B1)), bool(needs & (NEEDS_W2 | NEEDS_B2))
         totals = None
         if needs_w1 or needs_w2:
-            totals = w1.new_empty((len(xs), gradient_size(call)), dtype=torch.float32)
+            totals = w1.new_empty((len(xs), sum(gradient_sizes(call))), dtype=torch.float32)
         if fused:
-            squares, counts, partials = bridge_mse_fused(call, dx, needs_w1, needs_w2)
+            partials = bridge_mse_fused(call, dx, needs_w1, needs_w2)
         else:
-            squares, counts = bridge_mse_chunked(call, dx, totals, needs_w1, needs_w2)
-            partials = None
-        loss, factor = _reduce(call, squares, counts, partials, totals)
+            partials = Partials(*bridge_mse_chunked(call, dx, totals, needs_w1, needs_w2))
+        loss, factor = _reduce(call, partials, totals)
     return (
         loss,
         factor,
@@ -334,27 +349,24 @@ def bridge_mse_triton(
     )
 
 
-def _reduce(
-    call: Call,
-    squares: torch.Tensor,
-    counts: torch.Tensor,
-    partials: torch.Tensor | None,
-    totals: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _reduce(call: Call, partials: Partials, totals: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses and factors of all bridges; where there are partial gradients, their sums into ``totals`` too."""
     bridges, _, _, width = call.sizes
+    squares, counts, inner, outer = partials
     loss, factor = (squares.new_empty((bridges,)) for _ in range(2))
-    size = gradient_size(call)
-    blocks = 1 if partials is None else cdiv(size, REDUCE_BLOCK)
-    _bridge_reduce_kernel[(blocks, bridges)](
-        partials,
+    sizes = gradient_sizes(call)
+    blocks = sum(cdiv(size, REDUCE_BLOCK) for size, part in zip(sizes, (inner, outer), strict=True) if part is not None)
+    _bridge_reduce_kernel[(max(1, blocks), bridges)](
+        inner,
+        outer,
         squares,
         counts,
         totals,
         loss,
         factor,
-        size,
-        1 if partials is None else partials.shape[1],
+        *sizes,
+        0 if inner is None else inner.shape[1],
+        0 if outer is None else outer.shape[1],
         squares.shape[1],
         width,
         BLOCK=REDUCE_BLOCK,

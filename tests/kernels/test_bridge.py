@@ -478,7 +478,8 @@ FLAGS = {"HAS_MASK": True, "HAS_INDEX": True, "HAS_HEADS": True, "HAS_STATISTICS
 BLOCKS = {"BLOCK_TOKENS": 128, "BLOCK_STATE": 16, "BLOCK_HIDDEN": 128, "BLOCK_WIDTH": 64, "NVIDIA_BF16": True}
 ROWS = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 128}
 TYPES = {
-    "*fp32": "w1 b1 w2 b2 mean rstd partials squares totals loss factor incoming db1 db2 out_w1 out_b1 out_w2 out_b2",
+    "*fp32": "w1 b1 w2 b2 mean rstd partials inner outer squares totals loss factor incoming db1 db2 out_w1 out_b1 "
+    "out_w2 out_b2",
     "*bf16": "dx out_x out z h r dh dz",
     "*i32": "counts",
     "*i1": "mask",
@@ -500,14 +501,19 @@ def spec(module, kernel, constexprs, **options):
 def test_fused_kernels_compile_for_gpus_that_are_not_here(compile_offline):
     tiles = {"num_warps": 8, "num_stages": 1}
     nothing = {"mask_ptr": None, "index_ptr": None, "mean_ptr": None, "rstd_ptr": None} | dict.fromkeys(FLAGS, False)
+    gradients = {"NEEDS_X": True, "NEEDS_W1": True}
+    streamed = BLOCKS | {"STAGES": 1, "COLUMN_BLOCKS": 0}
+    resident = BLOCKS | {"STAGES": 1, "COLUMN_BLOCKS": 3, "BLOCK_TOKENS": 64}
+    outer = BLOCKS | {"STAGES": 1, "BLOCK_TOKENS": 64}
     log = compile_offline(
         [
-            spec(FUSED, "_bridge_inner_kernel", FLAGS | BLOCKS | {"NEEDS_X": True, "NEEDS_W1": True}, **tiles),
-            spec(FUSED, "_bridge_inner_kernel", nothing | BLOCKS | {"NEEDS_X": False, "NEEDS_W1": False}, **tiles),
-            spec(FUSED, "_bridge_outer_kernel", FLAGS | BLOCKS, **tiles),
+            spec(FUSED, "_bridge_inner_kernel", FLAGS | streamed | gradients, **tiles),
+            spec(FUSED, "_bridge_inner_kernel", nothing | streamed | dict.fromkeys(gradients, False), **tiles),
+            spec(FUSED, "_bridge_inner_kernel", FLAGS | resident | gradients, num_warps=4, num_stages=1),
+            spec(FUSED, "_bridge_outer_kernel", FLAGS | outer, num_warps=4, num_stages=1),
         ]
     )
-    assert log.count("sm_90") == 3
+    assert log.count("sm_90") == 4
 
 
 def test_other_kernels_compile_for_gpus_that_are_not_here(compile_offline):
