@@ -5,13 +5,15 @@ For each chunk, with buffers Z, H (chunk, hidden) and R (chunk, width) in the pr
     Z = X w1^T        H = silu(Z + b1)        R = H w2^T, then R + b2 - target in place, with squares and db2
     dw2 += R^T H      H = R w2, then times silu'(Z + b1) in place, with db1         dw1 += H^T X        dX = H w1
 
-Weight gradients accumulate in float32 through all chunks. Small bridges go several at a time through batched products.
+Weight gradients accumulate in float32 through all chunks. Small bridges go several at a time through batched products;
+cuBLAS gives each matrix of a batch few multiprocessors, so the tokens of their weight gradients are split as well.
 As in the fused kernels, gradients are those of ``squares / 2``, and sums over programs go through partial buffers.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import triton
@@ -25,6 +27,7 @@ CHUNK_BYTES = 128 * 2**20
 TILE = (128, 256)  # what cuBLAS gives a multiprocessor at a time
 BATCHED_WEIGHT = 512 * 512  # hidden * max(d_state, width)
 BATCHED_BRIDGES = 8
+SPLITS, SPLIT_BYTES = 32, 16 * 2**20  # of a chunk's tokens, for the weight gradients of small bridges
 BLOCK_ROWS, BLOCK_COLUMNS, ROWS = 32, 128, 64  # a program of a reduction walks over ROWS tokens
 
 
@@ -199,7 +202,8 @@ def bridge_mse_chunked(
     """
     bridges, hidden, d_state, width = call.sizes
     x, tokens = call.xs[0], call.tokens
-    group = min(bridges, BATCHED_BRIDGES) if is_small(hidden, d_state, width) else 1
+    small = is_small(hidden, d_state, width)
+    group = min(bridges, BATCHED_BRIDGES) if small else 1
     token_bytes = group * (2 * hidden + width) * x.element_size()
     chunk = choose_chunk(tokens, token_bytes, group * max(hidden, width), processors(x.device))
     chunks, parts = cdiv(tokens, chunk), cdiv(chunk, ROWS)
@@ -231,7 +235,7 @@ def bridge_mse_chunked(
                 stride_squares_bridge=squares.stride(0), ROWS=ROWS, **where,
             )  # fmt: skip
             if needs_w2:
-                _multiply(r.mT, h, grads.w2, add=number > 0)
+                _multiply_tokens(r, h, grads.w2, number > 0, small)
             if not needs_w1 and dx is None:
                 continue
             _multiply(r, w2, h)
@@ -240,7 +244,7 @@ def bridge_mse_chunked(
                 db1_ptr=db1[:, number], hidden_size=hidden, stride_db1_bridge=db1.stride(0), ROWS=ROWS,
             )  # fmt: skip
             if needs_w1:
-                _multiply(h.mT, xc, grads.w1, add=number > 0)
+                _multiply_tokens(h, xc, grads.w1, number > 0, small)
             if dx is not None:
                 _multiply(h, w1, dx[part].view(len(w1), tokens, d_state)[:, start:stop])
         if grads is not None:
@@ -287,6 +291,23 @@ def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, add: b
         multiply_add(out, left, right, **to, out=out)
     else:
         multiply(left, right, **to, out=out)
+
+
+def _multiply_tokens(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, add: bool, split: bool) -> None:
+    """``left.mT @ right``, a sum over the tokens of each bridge, into ``out`` or added to it; in parts if ``split``."""
+    most = 1 << max(0, (SPLIT_BYTES // max(1, out.nbytes)).bit_length() - 1)  # a power of two, as SPLITS is
+    parts = math.gcd(left.shape[1], SPLITS, most)
+    if not split or parts == 1:
+        _multiply(left.mT, right, out, add)
+        return
+    left, right = (value.unflatten(1, (parts, -1)).flatten(0, 1) for value in (left, right))
+    products = out.new_empty((len(left), *out.shape[1:]))
+    _multiply(left.mT, right, products)
+    products = products.unflatten(0, (-1, parts))
+    if add:
+        out += products.sum(1)
+    else:
+        torch.sum(products, 1, out=out)
 
 
 def _launch(kernel, value: torch.Tensor, rows: int, **arguments: object) -> None:
