@@ -2,10 +2,11 @@
 
     out[t, head] = rotate(norm(source[index[t], head // repeat]), cos[index[t]], sin[index[t]])
 
-A program owns BLOCK_TOKENS output tokens of one output head: it reads that head's channels of the source tokens once
-and writes them once. Only columns of the head that was asked for are touched, so V never is, nor is anything of size
-length x length made. A head is kept as three parts in float32: the first and the second channel of each rotated pair,
-and the channels that pass through; a norm's mean runs over all three.
+A program owns BLOCK_TOKENS output tokens of a few output heads, one after the other: it reads a head's channels of the
+source tokens once and writes them once; cos and sin, which take twice a head's bytes, are read once for all its heads.
+Only columns of heads that were asked for are touched, so V never is, nor is anything of size length x length made. A
+head is kept as three parts in float32: the first and the second channel of each rotated pair, and the channels that
+pass through; a norm's mean runs over all three.
 
 From hidden states, the rows of the weight that belong to Q (or K) are multiplied by cuBLAS into a buffer small enough
 for the cache, a few batch entries at a time, and the same kernel reads that buffer.
@@ -23,7 +24,8 @@ import triton.language as tl
 from cab_kernels.qk.reference import HeadNorm, Rope
 
 BUFFER_BYTES = 16 * 2**20
-BLOCK = 4096  # numbers of a head in a program
+BLOCK, BLOCK_OF_MANY = 4096, 2048  # numbers of a head in a program, for one head and for several
+MAX_HEADS = 8  # of a program
 NORMS = {"rms": 1, "layer": 2}
 
 
@@ -61,6 +63,7 @@ def _extract_heads_kernel(
     first_column,
     out_tokens,
     tokens,
+    heads_each,
     head_dim,
     half,
     repeat,
@@ -81,8 +84,8 @@ def _extract_heads_kernel(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """BLOCK_TOKENS output tokens of one head; see the module."""
-    head = tl.program_id(1)
+    """BLOCK_TOKENS output tokens of ``heads_each`` heads; see the module."""
+    first_head = tl.program_id(1) * heads_each
     batch = tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     there = token < out_tokens
@@ -92,55 +95,59 @@ def _extract_heads_kernel(
         origin = tl.load(index_ptr + token, mask=there, other=-1)
         read = there & (origin >= 0) & (origin < tokens)
     origin = origin.to(tl.int64)
-    column = first_column + (head // repeat) * head_dim
-    rows = source_ptr + batch * stride_source_batch + origin * stride_source_token
-    out_rows = out_ptr + batch * stride_out_batch + head * stride_out_head + token.to(tl.int64) * stride_out_token
+    rows = (source_ptr + batch * stride_source_batch + origin * stride_source_token)[:, None]
+    out_rows = (out_ptr + batch * stride_out_batch + token.to(tl.int64) * stride_out_token)[:, None]
     pair = tl.arange(0, BLOCK_HALF)
     first_channel = pair * 2 if INTERLEAVED else pair
     second_channel = first_channel + (1 if INTERLEAVED else half)
     channel = 2 * half + tl.arange(0, BLOCK_REST)
     mask_pair = read[:, None] & (pair < half)[None, :]
     mask_rest = read[:, None] & (channel < head_dim)[None, :]
-    rows = rows[:, None]
     both = tl.arange(0, 2 * BLOCK_HALF)
-    if HAS_PAIRS and INTERLEAVED:
-        mask_both = read[:, None] & (both < 2 * half)[None, :]
-        pairs = tl.load(rows + (column + both)[None, :] * stride_source_column, mask=mask_both, other=0.0)
-        first, second = tl.split(tl.reshape(pairs, (BLOCK_TOKENS, BLOCK_HALF, 2)))
-    elif HAS_PAIRS:
-        first = tl.load(rows + (column + first_channel)[None, :] * stride_source_column, mask=mask_pair, other=0.0)
-        second = tl.load(rows + (column + second_channel)[None, :] * stride_source_column, mask=mask_pair, other=0.0)
-    else:
-        first = tl.zeros((BLOCK_TOKENS, BLOCK_HALF), tl.float32)
-        second = first
-    if HAS_REST:
-        rest = tl.load(rows + (column + channel)[None, :] * stride_source_column, mask=mask_rest, other=0.0)
-    else:
-        rest = tl.zeros((BLOCK_TOKENS, BLOCK_REST), tl.float32)
-    first, second, rest = first.to(tl.float32), second.to(tl.float32), rest.to(tl.float32)
-    if NORM:
-        first, second, rest = _normed(first, second, rest, mask_pair, mask_rest, head_dim, eps, NORM == 2)
-        first = _affine(first, weight_ptr, bias_ptr, first_channel, pair < half)
-        second = _affine(second, weight_ptr, bias_ptr, second_channel, pair < half)
-        rest = _affine(rest, weight_ptr, bias_ptr, channel, channel < head_dim)
-        # A bias would otherwise show in tokens that the index leaves out; in pairs, cos and sin are 0 there.
-        rest = tl.where(read[:, None], rest, 0.0)
-    dtype = out_ptr.dtype.element_ty
+    mask_both = read[:, None] & (both < 2 * half)[None, :]
     if HAS_PAIRS:
         table = (batch * stride_table_batch + origin * stride_table_token)[:, None] + pair[None, :]
         cos = tl.load(cos_ptr + table, mask=mask_pair, other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + table, mask=mask_pair, other=0.0).to(tl.float32)
-        first, second = (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
-        if INTERLEAVED:
-            pairs = tl.reshape(tl.join(first, second), (BLOCK_TOKENS, 2 * BLOCK_HALF))
-            tl.store(out_rows[:, None] + both[None, :], pairs, mask=there[:, None] & (both < 2 * half)[None, :])
+    dtype = out_ptr.dtype.element_ty
+    for head in range(first_head, first_head + heads_each):
+        column = first_column + (head // repeat) * head_dim
+        if HAS_PAIRS and INTERLEAVED:
+            pairs = tl.load(rows + (column + both)[None, :] * stride_source_column, mask=mask_both, other=0.0)
+            first, second = tl.split(tl.reshape(pairs, (BLOCK_TOKENS, BLOCK_HALF, 2)))
+        elif HAS_PAIRS:
+            first = tl.load(rows + (column + first_channel)[None, :] * stride_source_column, mask=mask_pair, other=0.0)
+            second = tl.load(
+                rows + (column + second_channel)[None, :] * stride_source_column, mask=mask_pair, other=0.0
+            )
         else:
-            mask_pair = there[:, None] & (pair < half)[None, :]
-            tl.store(out_rows[:, None] + first_channel[None, :], first, mask=mask_pair)
-            tl.store(out_rows[:, None] + second_channel[None, :], second, mask=mask_pair)
-    if HAS_REST:
-        mask_rest = there[:, None] & (channel < head_dim)[None, :]
-        tl.store(out_rows[:, None] + channel[None, :], rest.to(dtype), mask=mask_rest)
+            first = tl.zeros((BLOCK_TOKENS, BLOCK_HALF), tl.float32)
+            second = first
+        if HAS_REST:
+            rest = tl.load(rows + (column + channel)[None, :] * stride_source_column, mask=mask_rest, other=0.0)
+        else:
+            rest = tl.zeros((BLOCK_TOKENS, BLOCK_REST), tl.float32)
+        first, second, rest = first.to(tl.float32), second.to(tl.float32), rest.to(tl.float32)
+        if NORM:
+            first, second, rest = _normed(first, second, rest, mask_pair, mask_rest, head_dim, eps, NORM == 2)
+            first = _affine(first, weight_ptr, bias_ptr, first_channel, pair < half)
+            second = _affine(second, weight_ptr, bias_ptr, second_channel, pair < half)
+            rest = _affine(rest, weight_ptr, bias_ptr, channel, channel < head_dim)
+            # A bias would otherwise show in tokens that the index leaves out; in pairs, cos and sin are 0 there.
+            rest = tl.where(read[:, None], rest, 0.0)
+        out = out_rows + head * stride_out_head
+        if HAS_PAIRS:
+            first, second = (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
+            if INTERLEAVED:
+                pairs = tl.reshape(tl.join(first, second), (BLOCK_TOKENS, 2 * BLOCK_HALF))
+                tl.store(out + both[None, :], pairs, mask=there[:, None] & (both < 2 * half)[None, :])
+            else:
+                mask_out = there[:, None] & (pair < half)[None, :]
+                tl.store(out + first_channel[None, :], first, mask=mask_out)
+                tl.store(out + second_channel[None, :], second, mask=mask_out)
+        if HAS_REST:
+            mask_out = there[:, None] & (channel < head_dim)[None, :]
+            tl.store(out + channel[None, :], rest.to(dtype), mask=mask_out)
 
 
 def extract_heads(
@@ -159,7 +166,8 @@ def extract_heads(
         first_column: where the first head begins; heads follow one another.
         repeat: output heads for each head of the source.
     """
-    if norm is None and rope is None and repeat == 1:
+    moved = norm is None and rope is None
+    if moved and repeat == 1:
         out = _regrouped(out)
     batch, heads, out_tokens, head_dim = out.shape
     half = 0 if rope is None else rope.cos.shape[-1]
@@ -167,11 +175,13 @@ def extract_heads(
         return
     block_half = triton.next_power_of_2(max(half, 1))
     block_rest = triton.next_power_of_2(max(head_dim - 2 * half, 1))
-    tokens_per_program = max(1, BLOCK // triton.next_power_of_2(head_dim))
+    heads_each = 1 if moved else max(count for count in range(1, MAX_HEADS + 1) if heads % count == 0)
+    block = BLOCK if heads_each == 1 else BLOCK_OF_MANY
+    tokens_per_program = max(1, block // triton.next_power_of_2(head_dim))
     cos, sin = (None, None) if rope is None else (rope.cos.contiguous(), rope.sin.contiguous())
     by_batch = cos is not None and cos.dim() == 3
     with torch.cuda.device(source.device) if source.is_cuda else contextlib.nullcontext():
-        _extract_heads_kernel[(triton.cdiv(out_tokens, tokens_per_program), heads, batch)](
+        _extract_heads_kernel[(triton.cdiv(out_tokens, tokens_per_program), heads // heads_each, batch)](
             source,
             out,
             token_index,
@@ -182,6 +192,7 @@ def extract_heads(
             first_column,
             out_tokens,
             source.shape[1],
+            heads_each,
             head_dim,
             half,
             repeat,

@@ -204,7 +204,7 @@ def test_memory_is_the_output():
 
 
 def test_kernel_compiles_for_gpus_that_are_not_here(compile_offline):
-    integers = "first_column out_tokens tokens head_dim half repeat stride_source_batch stride_source_token "
+    integers = "first_column out_tokens tokens heads_each head_dim half repeat stride_source_batch stride_source_token "
     integers += "stride_source_column stride_out_batch stride_out_head stride_out_token stride_table_batch "
     integers += "stride_table_token"
     tables = dict.fromkeys(("cos_ptr", "sin_ptr", "weight_ptr", "bias_ptr"), "*fp32")
