@@ -327,7 +327,10 @@ def bridge_mse_fused(call: Call, dx: torch.Tensor | None, needs_w1: bool, needs_
     block_state, block_hidden = weight_blocks(d_state, hidden)
     columns = cdiv(width, BLOCK_WIDTH)
     pipelined = _pipelines(x.device)
-    resident = pipelined and block_state == 16 and columns <= MAX_RESIDENT
+    where = matching(call)
+    # Statistics and heads apart take registers of their own, and so does dw1 of a larger state.
+    plain = block_state == 16 and not where["HAS_HEADS"] and not where["HAS_STATISTICS"]
+    resident = pipelined and plain and columns <= MAX_RESIDENT
     inner = RESIDENT if resident else STREAMED
     outer = OUTER if pipelined else OUTER._replace(stages=1)
     size1, size2 = gradient_sizes(call)
@@ -362,7 +365,7 @@ def bridge_mse_fused(call: Call, dx: torch.Tensor | None, needs_w1: bool, needs_
         "BLOCK_WIDTH": BLOCK_WIDTH,
         "num_stages": 1,
         "enable_fp_fusion": True,
-        **matching(call),
+        **where,
     }
     stride_dx = (0, 0, 0, 0) if dx is None else dx.stride()
     _bridge_inner_kernel[(bridges * splits1,)](
