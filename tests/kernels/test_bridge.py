@@ -170,6 +170,7 @@ SHAPES = [
     pytest.param({"length": 9}, id="below a block"),
     pytest.param({"length": 75, "d_state": 17, "hidden": 33, "width": 70}, id="odd, above two blocks"),
     pytest.param({"length": 64, "d_state": 16, "hidden": 64, "width": 64, "batch": 1}, id="exactly a block"),
+    pytest.param({"length": 140, "d_state": 16, "hidden": 100, "width": 150}, id="three blocks of w2 on chip"),
     pytest.param({"length": 5, "width": 200}, id="more channels than stay in registers"),
     pytest.param({"batch": 1, "length": 1, "d_state": 1, "hidden": 1, "width": 1}, id="ones"),
     pytest.param({"length": 0}, id="empty"),
