@@ -70,6 +70,8 @@ class BridgeStack(nn.Module):
 class Bridges(nn.Module):
     """A bridge for B and one for C of every direction of every student layer, in the order of the layers.
 
+    A learned layer map is a part of them: it is trained, saved and thrown away like them.
+
     Args:
         layers: student layers.
         directions: scan directions of a layer, 1 or 2.
@@ -78,12 +80,19 @@ class Bridges(nn.Module):
         key_width: heads * head_dim of the teacher's K.
         query_width: the same of Q.
         shared: one bridge for B and one for C of a direction serve all layers.
+        teacher_layers: of a learned layer map; None where the map is fixed.
+
+    Attributes:
+        layer_logits: (layers, teacher_layers), whose softmax is each student layer's share in every teacher layer; it
+            starts even. None where the map is fixed.
 
     Raises:
         ValueError: a size below 1, or a hidden layer of less than 0.
 
     Source: arXiv:2510.19266, section 3.2.
     """
+
+    layer_logits: nn.Parameter | None
 
     def __init__(
         self,
@@ -94,9 +103,12 @@ class Bridges(nn.Module):
         key_width: int,
         query_width: int,
         shared: bool = False,
+        teacher_layers: int | None = None,
     ) -> None:
         super().__init__()
         sizes = {"layers": layers, "directions": directions, "d_state": d_state}
+        if teacher_layers is not None:
+            sizes["teacher_layers"] = teacher_layers
         for name, size in (sizes | {"key_width": key_width, "query_width": query_width}).items():
             if size < 1:
                 raise ValueError(f"Bridges: expected {name} of at least 1, got {size}")
@@ -110,7 +122,9 @@ class Bridges(nn.Module):
         count, repeat = (directions, layers) if shared else (layers * directions, 1)
         self.key = BridgeStack(count, d_state, hidden, key_width, repeat)
         self.query = BridgeStack(count, d_state, hidden, query_width, repeat)
+        logits = None if teacher_layers is None else nn.Parameter(torch.zeros(layers, teacher_layers))
+        self.register_parameter("layer_logits", logits)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the biases: stacked they have two axes, and do not show as biases by their shape."""
-        return {name for name, _ in self.named_parameters() if name.endswith((".b1", ".b2"))}
+        """Names of the biases, which stacked have two axes and do not show by their shape, and of the layer map."""
+        return {name for name, _ in self.named_parameters() if name.endswith((".b1", ".b2", "layer_logits"))}

@@ -20,6 +20,7 @@ METRICS = "metrics.jsonl"
 TERMS = ("kl", "ce", "align")  # of the loss, each where the task computes it
 MEASURES = ("loss", "accuracy", "top5", "perplexity", *TERMS)
 LAYERS = "align_layers/"  # begins the name of a layer's alignment
+LEARNED = "layer_map/"  # begins the name of the teacher layer, a mean over a learned map's weights, of a layer
 # Of the training alone.
 _OF_TRAINING = (
     "align_weight",
@@ -76,9 +77,10 @@ class MetricsFile(TrainerCallback):
         split = "test" if "eval_loss" in logs else "train"
         named = {name.removeprefix("eval_"): value for name, value in logs.items()}
         kept: dict[str, Any] = {name: named[name] for name in (*MEASURES, *_OF_TRAINING) if name in named}
-        layers = [value for name, value in named.items() if name.startswith(LAYERS)]
-        if layers:
-            kept["align_layers"] = layers
+        for prefix in (LAYERS, LEARNED):
+            layers = [value for name, value in named.items() if name.startswith(prefix)]
+            if layers:
+                kept[prefix.rstrip("/")] = layers
         self.entries.append({"step": state.global_step, "split": split, "seconds": round(self.seconds(), 3), **kept})
         if self._writes:
             with self.file.open("a") as lines:

@@ -258,7 +258,9 @@ class BridgeConfig(Section):
     shared: bool = _option(False, "one bridge for B and one for C of a direction serve all layers")
     layer_map: str = _option(
         "proportional",
-        "proportional; last-K, the same over the teacher's last K layers; or the teacher layer of each layer: 0,0,1,3",
+        "proportional; last-K, the same over the teacher's last K layers; the teacher layer of each layer: 0,0,1,3; or "
+        "learned, for each layer a weight of every teacher layer, trained with the bridges (best with "
+        "bridge.targets=standardised: of raw ones the smallest win)",
     )
     targets: str = _option(
         "raw",

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+LEARNED = "learned"
+
 
 def layer_map(text: str, student_layers: int, teacher_layers: int) -> list[int]:
     """The map that a name or a list stands for.
 
     Args:
-        text: "proportional"; "last-K", the same over the teacher's last K layers alone; or the teacher layer of each
-            student layer, "0,0,1,3", which never goes back.
+        text: "proportional"; "last-K", the same over the teacher's last K layers alone; the teacher layer of each
+            student layer, "0,0,1,3", which never goes back; or "learned", of which the bridges hold the weights, and
+            whose stand-in, wherever one teacher layer is asked for, is the proportional map.
         student_layers, teacher_layers: their numbers.
 
     Raises:
         ValueError: the text is none of these, or does not fit the layers.
     """
-    if text == "proportional":
+    if text in ("proportional", LEARNED):
         return proportional(student_layers, teacher_layers)
     prefix, _, count = text.partition("last-")
     if not prefix and count.isdecimal() and 1 <= int(count) <= teacher_layers:
@@ -25,8 +28,8 @@ def layer_map(text: str, student_layers: int, teacher_layers: int) -> list[int]:
     fits = len(parts) == len(listed) == student_layers and all(layer < teacher_layers for layer in listed)
     if not fits or listed != sorted(listed):
         raise ValueError(
-            f"layer_map: expected proportional, last-1 to last-{teacher_layers}, or {student_layers} teacher layers "
-            f"from 0 to {teacher_layers - 1} that never go back, got {text!r}"
+            f"layer_map: expected proportional, learned, last-1 to last-{teacher_layers}, or {student_layers} teacher "
+            f"layers from 0 to {teacher_layers - 1} that never go back, got {text!r}"
         )
     return listed
 

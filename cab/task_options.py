@@ -9,7 +9,7 @@ from cab.config import Config
 from cab.distill.schedule import AlignmentSchedule, Kind
 from cab.distill.targets import TargetKind
 from cab.distill.task import LossWeights
-from cab.layer_map import layer_map
+from cab.layer_map import LEARNED, layer_map
 from cab.students.student import Student
 from cab.teachers.teacher import Teacher
 
@@ -41,5 +41,6 @@ def task_options(config: Config, student: Student, teacher: Teacher | None) -> d
             key_width=teacher.key_width,
             query_width=teacher.query_width,
             shared=bridge.shared,
+            teacher_layers=teacher.num_layers if bridge.layer_map == LEARNED else None,
         )
     return options

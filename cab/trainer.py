@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 import cab.processes as processes
-from cab.callbacks import LAYERS, MEASURES, METRICS, TERMS, Events, MetricsFile, Progress
+from cab.callbacks import LAYERS, LEARNED, MEASURES, METRICS, TERMS, Events, MetricsFile, Progress
 from cab.config import RunConfig, UserError
 from cab.data.order import ByTurn, RunOrder
 from cab.distill.agreement import AdaptiveTrust, GradientAgreement
@@ -237,6 +237,11 @@ class TaskTrainer(Trainer):
         }
         layers = found.pop("align_layers", [])
         means: dict[str, float] = {**found, **{f"{LAYERS}{layer:02d}": value for layer, value in enumerate(layers)}}
+        bridges = cast(Any, self.model).bridges
+        if bridges is not None and bridges.layer_logits is not None:
+            shares = bridges.layer_logits.detach().float().softmax(dim=1)
+            middle = (shares @ torch.arange(float(shares.shape[1]), device=shares.device)).tolist()
+            means |= {f"{LEARNED}{layer:02d}": value for layer, value in enumerate(middle)}
         if cast(Any, self.model).aligns:
             means["align_weight"] = cast(Any, self.model).alignment_weight
         if self._agreement is not None:

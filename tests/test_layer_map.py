@@ -36,6 +36,7 @@ def test_no_layers() -> None:
     ("text", "expected"),
     [
         ("proportional", [0, 0, 1, 1]),
+        ("learned", [0, 0, 1, 2]),
         ("last-1", [2, 2, 2, 2]),
         ("last-2", [1, 1, 2, 2]),
         ("last-3", [0, 0, 1, 2]),
@@ -52,7 +53,8 @@ def test_maps_by_name_or_list(text: str, expected: list[int]) -> None:
 )
 def test_refusal_of_a_map(text: str) -> None:
     message = (
-        "^layer_map: expected proportional, last-1 to last-3, or 4 teacher layers from 0 to 2 that never go back, got "
+        "^layer_map: expected proportional, learned, last-1 to last-3, or 4 teacher layers from 0 to 2 that never go "
+        "back, got "
     )
     with pytest.raises(ValueError, match=message + repr(text).replace("-", r"\-")):
         layer_map(text, 4, 3)

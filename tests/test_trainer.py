@@ -118,8 +118,12 @@ class Interrupt(TrainerCallback):
 
 @pytest.mark.parametrize(
     "settings",
-    [("loss.schedule=ramp",), ("loss.schedule=adaptive", "bridge.targets=standardised", "optim.accumulation=2")],
-    ids=["ramp", "adaptive"],
+    [
+        ("loss.schedule=ramp",),
+        ("loss.schedule=adaptive", "bridge.targets=standardised", "optim.accumulation=2"),
+        ("bridge.layer_map=learned",),
+    ],
+    ids=["ramp", "adaptive", "learned layer map"],
 )
 def test_an_interrupted_run_ends_like_one_in_one_go(splits: Splits, tmp_path: Path, settings: tuple[str, ...]) -> None:
     config = tiny("custom", *settings)
@@ -400,3 +404,21 @@ def test_a_checkpoint_is_whole_or_not_there(splits: Splits, tmp_path: Path, monk
     trainer(tiny(), splits, tmp_path / "cut").run(resume=True)
     assert figures(tmp_path / "cut") == figures(tmp_path / "straight")
     assert sorted(folder.name for folder in (tmp_path / "cut").iterdir()) == ["checkpoint-6", METRICS, "tensorboard"]
+
+
+@pytest.mark.parametrize("decay", ["1", "0.5"], ids=["one rate", "layer decay"])
+def test_a_learned_layer_map_is_trained_without_decay_logged_and_kept(
+    splits: Splits, tmp_path: Path, decay: str
+) -> None:
+    settings = ("bridge.layer_map=learned", f"optim.layer_decay={decay}", "optim.lr=0.01", "optim.warmup=0")
+    made = trainer(tiny("cab", *settings), splits, tmp_path)
+    logits = made.model.bridges.layer_logits
+    assert logits.shape == (2, 2)
+    made.run()
+    (group,) = (g for g in made.optimizer.param_groups if any(p is logits for p in g["params"]))
+    assert group["weight_decay"] == 0
+    assert (logits != 0).all()
+    kept = safetensors.torch.load_file(tmp_path / "checkpoint-6" / "model.safetensors")
+    assert torch.equal(kept["bridges.layer_logits"], logits)
+    last = [entry for entry in made.metrics.entries if entry["split"] == "train"][-1]
+    assert last["layer_map"] == pytest.approx(logits.softmax(dim=1)[:, 1].tolist())

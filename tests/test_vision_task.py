@@ -307,3 +307,40 @@ def test_similarity_needs_a_teacher() -> None:
     task = VisionTask(make_task().student, weights=LossWeights(kd=0.0, ce=1.0))
     with pytest.raises(ValueError, match="attention_similarity: expected a task with a teacher, got none"):
         attention_similarity(task, images())
+
+
+def learned(**options: object) -> VisionTask:
+    torch.manual_seed(0)
+    student = timm.create_model("vim_micro_patch2_8", a_init="zero", **STUDENT)
+    teacher = TimmTeacher(timm.create_model("deit_tiny_distilled_patch16_224", **TEACHER))
+    bridges = Bridges(4, 2, student.d_state, 8, teacher.key_width, teacher.query_width, teacher_layers=2)
+    return VisionTask(student, teacher, bridges, **options)
+
+
+def test_a_learned_layer_map_weighs_the_loss_of_every_teacher_layer() -> None:
+    task = learned(weights=LossWeights(kd=0.0))
+    with torch.no_grad():
+        task.bridges.layer_logits.copy_(torch.tensor([[0.0, 1.0], [2.0, 0.0], [0.0, 0.0], [-3.0, 1.0]]))
+    shares = task.bridges.layer_logits.softmax(dim=1)
+    whole = task(images())["align_layers"]
+    fixed = []
+    logits, task.bridges.layer_logits = task.bridges.layer_logits, None
+    for layer in range(2):
+        task.layer_map = [layer] * 4
+        fixed.append(task(images())["align_layers"])
+    torch.testing.assert_close(whole, shares[:, 0] * fixed[0] + shares[:, 1] * fixed[1])
+    task.bridges.layer_logits = logits
+    task(images())["loss"].backward()
+    slope = shares * (torch.stack(fixed, dim=1) - whole[:, None]) / 4  # of a mean weighed by a softmax
+    torch.testing.assert_close(logits.grad, slope)
+    assert (task.student.layers[3].mixer.x_proj.weight.grad.abs() > 0).any()
+    assert all((p.grad.flatten(1).abs().sum(1) > 0).all() for p in task.bridges.parameters())
+
+
+def test_a_learned_layer_map_that_does_not_fit_the_teacher() -> None:
+    task = learned()
+    bridges = Bridges(4, 2, 4, 8, task.teacher.key_width, task.teacher.query_width, teacher_layers=3)
+    with pytest.raises(ValueError, match="expected a learned layer map over 2 teacher layers, got 3"):
+        VisionTask(task.student, task.teacher, bridges)
+    with pytest.raises(ValueError, match="expected teacher_layers of at least 1, got 0"):
+        Bridges(4, 2, 4, 8, 24, 24, teacher_layers=0)

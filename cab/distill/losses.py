@@ -34,11 +34,14 @@ class Alignment:
 
         L_align = mean over student layers l of  sum over directions of  MSE(phi_B(B), K_g(l)) + MSE(phi_C(C), Q_g(l))
 
+    With a learned layer map every teacher layer takes the place of g(l) in turn, and the losses count by their shares,
+    softmax(layer_logits)[l]: T times the work.
+
     Args:
-        bridges: phi, for every layer and direction.
+        bridges: phi, for every layer and direction, and the learned layer map where there is one.
         projections: the student's B and C, a tuple a layer with one entry a direction.
         targets: what K and Q are turned into before they are met.
-        layer_map: g, the teacher layer of each student layer; it never goes back.
+        layer_map: g, the teacher layer of each student layer; it never goes back. A learned one takes its place.
         token_index: (length,) the teacher token of each student token, -1 for none; None where they are the same.
         mask: (batch, length) bool, False where a token does not count; None where all count.
 
@@ -56,23 +59,30 @@ class Alignment:
     ) -> None:
         self.projections = projections
         self.targets = targets
-        self.layer_map = layer_map
         self.token_index = token_index
         self.mask = mask
-        counts = [bridges.directions * layer_map.count(layer) for layer in range(max(layer_map) + 1)]
+        learned = bridges.layer_logits
+        self.shares = None if learned is None else learned.float().softmax(dim=1)
+        groups = [[index for index, g in enumerate(layer_map) if g == layer] for layer in range(max(layer_map) + 1)]
+        counts = [bridges.directions * len(group) for group in groups]
+        if learned is not None:  # every teacher layer meets all bridges
+            groups, counts = [list(range(bridges.layers))] * learned.shape[1], [bridges.directions * bridges.layers]
+        self.students = groups
         self.key_weights = bridges.key.split(counts)
         self.query_weights = bridges.query.split(counts)
         self.of_layers: list[Tensor] = []  # (layers,) of each teacher layer that has students
 
     def __call__(self, layer: int, query: Tensor, key: Tensor) -> None:
         """Meet Q and K (batch, heads, tokens, head_dim) of one teacher layer."""
-        students = [index for index, teacher in enumerate(self.layer_map) if teacher == layer]
+        students = self.students[layer] if layer < len(self.students) else []
         directions = [direction for index in students for direction in self.projections[index]]
         if directions:
+            group = layer if self.shares is None else 0
             sources = [direction.B for direction in directions], [direction.C for direction in directions]
-            keys = self._losses(sources[0], self.key_weights[layer], self.targets.key(layer, key, self.mask))
-            queries = self._losses(sources[1], self.query_weights[layer], self.targets.query(layer, query, self.mask))
-            self.of_layers.append((keys + queries).view(len(students), -1).sum(1))
+            keys = self._losses(sources[0], self.key_weights[group], self.targets.key(layer, key, self.mask))
+            queries = self._losses(sources[1], self.query_weights[group], self.targets.query(layer, query, self.mask))
+            losses = (keys + queries).view(len(students), -1).sum(1)
+            self.of_layers.append(losses if self.shares is None else self.shares[:, layer] * losses)
 
     def _losses(self, sources: list[Tensor], weights: BridgeWeights, target: Target) -> Tensor:
         if weights.w1 is None or weights.b1 is None:
@@ -113,7 +123,7 @@ class Alignment:
 
     def layers(self) -> Tensor:
         """The loss of each student layer, (layers,) float32, once all layers of the teacher have been met."""
-        return torch.cat(self.of_layers)
+        return torch.cat(self.of_layers) if self.shares is None else torch.stack(self.of_layers).sum(0)
 
     def loss(self) -> Tensor:
         """Their mean, 0-d."""

@@ -106,6 +106,11 @@ class DistillationTask(nn.Module):
             return
         expected = (layers, student.d_state, teacher.key_width, teacher.query_width)
         bridges = self.bridges
+        if bridges.layer_logits is not None and bridges.layer_logits.shape[1] != teacher.num_layers:
+            raise ValueError(
+                f"{type(self).__name__}: expected a learned layer map over {teacher.num_layers} teacher layers, got "
+                f"{bridges.layer_logits.shape[1]}"
+            )
         got = (bridges.layers, bridges.d_state, bridges.key_width, bridges.query_width)
         if expected != got:
             raise ValueError(
