@@ -1,21 +1,34 @@
+from typing import Any
+
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cab.teachers.timm import TimmTeacher
 from cab.token_map import TokenLayout
 
-# Two layers each of the families' own classes, as small as their constructors allow.
+# Two layers each of the families' own classes, as small as their constructors allow: class token and prefix tokens.
 FAMILIES = {
     "deit_tiny_patch16_224": (0, 1),
     "deit_tiny_distilled_patch16_224": (0, 2),
     "deit3_small_patch16_224": (0, 1),
+    "vit_tiny_patch16_224.augreg_in21k": (0, 1),
+    "vit_base_patch16_clip_224": (0, 1),
+    "vit_so400m_patch14_siglip_224": (None, 0),
+    "vit_medium_patch16_reg4_gap_256": (None, 4),
     "vit_relpos_small_patch16_224": (None, 0),
+    "vit_relpos_base_patch16_clsgap_224": (0, 1),
+    "vit_small_patch14_dinov2": (0, 1),
     "vit_small_patch14_reg4_dinov2": (0, 5),
     "vit_small_patch16_dinov3": (0, 5),
     "eva02_tiny_patch14_224": (0, 1),
+    "eva_giant_patch14_224": (0, 1),
+    "vit_small_patch16_rope_224": (0, 1),
+    "vit_base_patch16_rope_mixed_224": (0, 1),
     "beit_base_patch16_224": (0, 1),
+    "beitv2_base_patch16_224": (0, 1),
 }
 
 
@@ -42,16 +55,61 @@ def test_every_family_shows_q_and_k(name: str) -> None:
     assert (teacher.num_layers, teacher.key_width, teacher.query_width) == (2, 32, 32)
 
 
-def test_q_and_k_are_those_of_the_layer() -> None:
-    model = small("deit_tiny_patch16_224")
-    teacher, packed, seen = TimmTeacher(model), [], []
+def rotated(attention: Any, x: Tensor, rope: Tensor) -> Tensor:
+    """The patches of (batch, heads, tokens, head_dim) turned pair by pair by the angles of ``rope``."""
+    prefix, patches = x.tensor_split([attention.num_prefix_tokens], dim=2)
+    sine, cosine = rope.chunk(2, dim=-1)
+    if getattr(attention, "rotate_half", False):
+        first, second = patches.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+    else:
+        turned = torch.stack((-patches[..., 1::2], patches[..., ::2]), dim=-1).flatten(-2)
+    return torch.cat((prefix, patches * cosine + turned * sine), dim=2)
+
+
+def by_hand(attention: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Q and K of a layer from what goes into it."""
+    if getattr(attention, "qkv", None) is None:
+        flat = [attention.q_proj(x), attention.k_proj(x)]
+    else:
+        biases = attention.qkv.bias
+        if getattr(attention, "q_bias", None) is not None:  # K has no bias there
+            biases = torch.cat((attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias))
+        flat = list(F.linear(x, attention.qkv.weight, biases).chunk(3, dim=-1)[:2])
+    width = flat[0].shape[-1] // attention.num_heads
+    query, key = (part.unflatten(-1, (-1, width)).transpose(1, 2) for part in flat)
+    query, key = attention.q_norm(query), attention.k_norm(key)
+    if rope is not None:
+        query, key = rotated(attention, query, rope), rotated(attention, key, rope)
+    return query, key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+
+
+# Grouped-query attention: one of timm's classes has it, and repeats K for it.
+GROUPED = "vit_large_patch16_sapiens2"
+HEADS = {"num_heads": 4, "num_kv_heads": (4, 2)}
+
+
+@pytest.mark.parametrize(("name", "sizes"), [*((name, {}) for name in FAMILIES), (GROUPED, HEADS)])
+def test_q_and_k_are_those_of_the_layer(name: str, sizes: dict[str, object]) -> None:
+    if name == GROUPED and not timm.is_model(name):
+        pytest.skip(f"this timm has no {name}")
+    model = small(name, **sizes)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms start at nothing, embeddings too
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    teacher, seen = TimmTeacher(model), []
+    expected: list[tuple[Tensor, Tensor]] = []
     for block in model.blocks:
-        block.attn.qkv.register_forward_hook(lambda module, inputs, output: packed.append(output))
+        block.attn.q_norm = getattr(block.attn, "q_norm", nn.Identity())
+        block.attn.k_norm = getattr(block.attn, "k_norm", nn.Identity())
+        block.attn.register_forward_pre_hook(
+            lambda attention, args, kwargs: expected.append(by_hand(attention, args[0], kwargs.get("rope"))),
+            with_kwargs=True,
+        )
     teacher(torch.rand(2, 3, 32, 32), lambda *layer: seen.append(layer))
-    for qkv, (_, query, key) in zip(packed, seen, strict=True):
-        expected = qkv.reshape(2, 17, 3, 2, 16).permute(2, 0, 3, 1, 4)
-        torch.testing.assert_close(query, expected[0])
-        torch.testing.assert_close(key, expected[1])
+    assert len(seen) == len(expected) == 2
+    for (query, key), (_, *got) in zip(expected, seen, strict=True):
+        torch.testing.assert_close(got, [query, key])
 
 
 class ManualAttention(nn.Module):
@@ -103,6 +161,22 @@ def test_callback_runs_with_the_callers_gradient_mode() -> None:
 def test_own_statistics() -> None:
     teacher = TimmTeacher(small("vit_tiny_patch16_224"))
     assert teacher.mean.flatten().tolist() == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "maxvit_nano_rw_256", "maxvit_tiny_tf_224"]
+    + ["twins_svt_small", "hiera_tiny_224", "pvt_v2_b0", "nest_tiny", "davit_tiny", "levit_128s"],
+)
+def test_windows_and_changing_grids_are_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^TimmTeacher: cannot read Q and K of {name}: (it has no list|expected Q)"):
+        TimmTeacher(timm.create_model(name, num_classes=2))
+
+
+@pytest.mark.parametrize("name", ["convit_tiny", "cait_xxs24_224", "naflexvit_base_patch16_gap"])
+def test_attention_that_is_not_that_of_a_plain_layer_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^TimmTeacher: cannot read Q and K of {name}: expected "):
+        TimmTeacher(small(name))
 
 
 def test_windowed_attention_is_refused() -> None:

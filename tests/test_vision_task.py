@@ -30,10 +30,26 @@ def images(batch: int = 3) -> Tensor:
     return torch.rand(batch, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
+FAMILIES = [
+    "deit_tiny_patch16_224",
+    "deit_tiny_distilled_patch16_224",
+    "deit3_small_patch16_224",
+    "vit_tiny_patch16_224.augreg_in21k",
+    "vit_base_patch16_clip_224",
+    "vit_so400m_patch14_siglip_224",
+    "vit_medium_patch16_reg4_gap_256",
+    "vit_relpos_small_patch16_224",
+    "vit_small_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_small_patch16_dinov3",
+    "eva02_tiny_patch14_224",
+    "vit_small_patch16_rope_224",
+    "beit_base_patch16_224",
+]
+
+
 @pytest.mark.parametrize("a_init", ["zero", "s4d"])
-@pytest.mark.parametrize(
-    "name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_relpos_small_patch16_224"]
-)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_alignment_alone_reaches_student_and_bridges(name: str, a_init: str) -> None:
     """The published code fails here: its student gets no gradient, or its bridges no optimiser."""
     task = make_task(name, a_init, weights=LossWeights(kd=0.0))
@@ -344,3 +360,20 @@ def test_a_learned_layer_map_that_does_not_fit_the_teacher() -> None:
         VisionTask(task.student, task.teacher, bridges)
     with pytest.raises(ValueError, match="expected teacher_layers of at least 1, got 0"):
         Bridges(4, 2, 4, 8, 24, 24, teacher_layers=0)
+
+
+def test_a_teacher_of_another_grid_is_sampled_where_the_patches_are() -> None:
+    """4 x 4 patches of the student on a 3 x 3 grid behind a class token and four registers."""
+    torch.manual_seed(0)
+    student = timm.create_model("vim_micro_patch2_8", a_init="zero", **STUDENT)
+    sizes = {**TEACHER, "img_size": 12, "patch_size": 4}
+    teacher = TimmTeacher(timm.create_model("vit_small_patch14_reg4_dinov2", **sizes))
+    bridges = Bridges(4, 2, student.d_state, 8, teacher.key_width, teacher.query_width)
+    task = VisionTask(student, teacher, bridges, weights=LossWeights(kd=0.0))
+    nearest = [0, 1, 1, 2]  # centres at 1/8, 3/8, 5/8, 7/8 in thirds
+    patches = [5 + 3 * row + column for row in nearest for column in nearest]
+    assert task.token_index.tolist() == [*patches[:8], 0, *patches[8:]]
+    task(images())["loss"].backward()
+    for layer in task.student.layers:
+        for x_proj in (layer.mixer.x_proj, layer.mixer.x_proj_b):
+            assert (x_proj.weight.grad[layer.mixer.dt_rank :].abs().sum(dim=1) > 0).all()
