@@ -12,9 +12,12 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations.integration_utils import is_wandb_available
 
+from cab.config import Config, UserError
 from cab.files import write_whole
+from cab.settings import flatten
 
 METRICS = "metrics.jsonl"
 TERMS = ("kl", "ce", "align")  # of the loss, each where the task computes it
@@ -103,6 +106,42 @@ class Events(TensorBoardCallback):
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         # Trainer's epoch counts runs here, not passes over the data.
         super().on_log(args, state, control, {name: logs[name] for name in logs if name != "epoch"}, **kwargs)
+
+
+class Wandb(WandbCallback):
+    """Transformers' reports to Weights & Biases, as a run of its own for each training.
+
+    Args:
+        folder: of the training; a folder's name and its parent's name the run, whose files lie in it.
+        config: of the training.
+
+    Raises:
+        UserError: wandb is not installed.
+    """
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        require_wandb()
+        super().__init__()
+        self.folder = folder
+        self.config = config
+
+    def setup(self, args: TrainingArguments, state: Any, model: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            name = f"{self.folder.parent.name}/{self.folder.name}"
+            self._wandb.init(project="cab", name=name, dir=str(self.folder), config=flatten(self.config))
+        super().setup(args, state, model, **kwargs)
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_end(args, state, control, **kwargs)
+        if state.is_world_process_zero:
+            self._wandb.finish()  # the next training is another run
+
+
+def require_wandb() -> None:
+    """Refuse, as a :class:`UserError`, to go on where wandb is not installed."""
+    if not is_wandb_available():
+        raise UserError("expected the packages of cab-kernels[wandb] for wandb=true, got no module 'wandb'")
 
 
 class Progress(TrainerCallback):

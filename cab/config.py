@@ -345,6 +345,7 @@ class Config(Section):
     log_gradients: bool = _option(
         False, "log norms and cosine of the gradients of the KL and of the alignment, 100 times a run"
     )
+    wandb: bool = _option(False, "log to Weights & Biases too, a run an arm; needs the extra wandb")
     threads: int | None = _option(None, "of PyTorch on the CPU; its own choice where none", at_least=1)
     log_every: int = _option(50, "steps between two entries of the training losses", at_least=1)
     eval_every: int = _option(1000, "steps between two evaluations", at_least=1)

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import Dataset, default_collate
 
 import cab.processes as processes
-from cab.callbacks import METRICS, read_metrics
+from cab.callbacks import METRICS, read_metrics, require_wandb
 from cab.config import LanguageConfig, RunConfig, UserError
 from cab.distill.task import DistillationTask
 from cab.files import write_whole
@@ -253,6 +253,8 @@ class Run(ABC):
 
     def _check(self, arms: dict[str, RunConfig]) -> None:
         """Build every arm once and show it a sample, so that what does not fit is said before anything is trained."""
+        if self.config.wandb:
+            require_wandb()
         sample = default_collate([self.train[0]])
         for arm in arms.values():
             teacher = self.teacher_model() if needs_teacher(arm) else None
@@ -306,7 +308,8 @@ class Run(ABC):
         return Row(name, *figures, test.get("top5"))
 
     def _measured(self, name: str, model: nn.Module, folder: Path) -> Row:
-        trainer = TaskTrainer(self.supervised_task(model), self.config, folder, self.train, self.test)
+        quiet = dataclasses.replace(self.config, wandb=False)  # a measurement is no training to report
+        trainer = TaskTrainer(self.supervised_task(model), quiet, folder, self.train, self.test)
         test = trainer.evaluate()
         return Row(name, test[f"eval_{self.measure.name}"], top5=test.get("eval_top5"))
 

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 import cab.processes as processes
-from cab.callbacks import LAYERS, LEARNED, MEASURES, METRICS, TERMS, Events, MetricsFile, Progress
+from cab.callbacks import LAYERS, LEARNED, MEASURES, METRICS, TERMS, Events, MetricsFile, Progress, Wandb
 from cab.config import RunConfig, UserError
 from cab.data.order import ByTurn, RunOrder
 from cab.distill.agreement import AdaptiveTrust, GradientAgreement
@@ -104,6 +104,7 @@ class TaskTrainer(Trainer):
                 self.metrics,
                 Progress(name, sys.stderr),
                 Events(folder / "tensorboard"),
+                *([Wandb(folder, config)] if config.wandb else []),
             ],
         )
         self.remove_callback(PrinterCallback)
