@@ -461,3 +461,14 @@ def test_wandb_that_is_not_installed(
     expected = "cab distill: expected the packages of cab-kernels[wandb] for wandb=true, got no module 'wandb'\n"
     assert capsys.readouterr().err == expected
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_sharded_models_are_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, "true")
+    assert main([*distill(), "--out", str(tmp_path / "run")]) == 2
+    expected = f"cab distill: expected torchrun, whose processes hold whole models, got {name}=true: bridges, "
+    assert capsys.readouterr().err.startswith(expected)
+    assert not (tmp_path / "run").exists()
