@@ -224,7 +224,15 @@ def _join(device: str) -> None:
         processes.start(int(os.environ["LOCAL_RANK"]), cpu=device == "cpu" or not torch.cuda.is_available())
 
 
+def _writable(file: Path) -> None:
+    """Refuse a file that has no folder to lie in, before anything is computed for it."""
+    if not file.parent.is_dir():
+        raise UserError(f"expected a file in a folder that exists, got {file}")
+
+
 def _eval(options: argparse.Namespace) -> None:
+    if options.attention:
+        _writable(options.attention)
     from cab.report import recall_table, table
     from cab.run import compare_attention, evaluate, measure_recall
 
@@ -240,6 +248,7 @@ def _report(options: argparse.Namespace) -> None:
     from cab.report import table
     from cab.run import report
 
+    _writable(options.out)
     print(table(*report(options.runs, options.out)))
     print(f"learning curves: {options.out}")
 
@@ -247,6 +256,7 @@ def _report(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from cab.export import export
 
+    _writable(options.file)
     print(export(options.run, options.arm, options.to, options.file))
 
 
@@ -263,6 +273,7 @@ def _subset(options: argparse.Namespace) -> None:
     from cab.data.folder import scan
     from cab.data.subset import class_balanced, write_index
 
+    _writable(options.out)
     folder = scan(options.data / "train")
     chosen = class_balanced(folder.labels, folder.classes, options.fraction, options.seed)
     write_index(options.out, folder.names, folder.labels, folder.classes, chosen)

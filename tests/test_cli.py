@@ -472,3 +472,20 @@ def test_sharded_models_are_refused(
     expected = f"cab distill: expected torchrun, whose processes hold whole models, got {name}=true: bridges, "
     assert capsys.readouterr().err.startswith(expected)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "RUN", "--attention", "no/dir/a.png"],
+        ["report", "RUN", "--out", "no/dir/r.png"],
+        ["export", "RUN", "no/dir/s.pth", "--to", "timm", "--arm", "cab"],
+        ["subset", "RUN", "--fraction", "0.5", "--out", "no/dir/i.json"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_file_in_no_folder(words: list[str], finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = next(word for word in words if word.startswith("no/dir"))
+    assert main([str(finished) if word == "RUN" else word for word in words]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"cab {words[0]}: expected a file in a folder that exists, got {file}\n")
