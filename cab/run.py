@@ -26,6 +26,7 @@ from cab.config import LanguageConfig, RunConfig, UserError
 from cab.distill.task import DistillationTask
 from cab.files import write_whole
 from cab.recipe import Batch
+from cab.refusal import refused
 from cab.report import ACCURACY, PERPLEXITY, Measure, Recall, Row, plot, plot_similarity, table
 from cab.settings import CONFIG, of_arm, of_run, to_yaml
 from cab.trainer import Outcome, TaskTrainer
@@ -224,7 +225,8 @@ class Run(ABC):
         self._check(arms)
         processes.wait()  # until none of them looks for what the first is about to write
         if self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with refused(f"expected a folder for the run that can be made, {self.folder}"):
+                self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / CONFIG, to_yaml(self.config))
             self.save_data()
             say(self.describe())

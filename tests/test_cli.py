@@ -489,3 +489,10 @@ def test_a_file_in_no_folder(words: list[str], finished: Path, capsys: pytest.Ca
     assert main([str(finished) if word == "RUN" else word for word in words]) == 2
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"cab {words[0]}: expected a file in a folder that exists, got {file}\n")
+
+
+def test_a_run_below_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main([*distill(), "--out", str(tmp_path / "file" / "run")]) == 2
+    expected = f"cab distill: expected a folder for the run that can be made, {tmp_path}/file/run, got: [Errno 20] "
+    assert capsys.readouterr().err.startswith(expected)
