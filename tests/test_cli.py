@@ -223,7 +223,7 @@ def test_the_saved_configuration_reproduces_the_run(finished: Path, tmp_path: Pa
         (["distill", "--fraction", "2"], "expected data.fraction to be at most 1, got 2.0"),
         (
             ["distill", "--set", "bridge.layer_map=0,1", "--set", "student.depth=1", "--set", "teacher.depth=1"],
-            "layer_map: expected proportional, last-1 to last-1, or 1 teacher layers from 0 to 0 that never go back, ",
+            "layer_map: expected proportional, learned, last-1 to last-1, or 1 teacher layers from 0 to 0 that never ",
         ),
         (["distill", "--data", "no"], "expected a folder no/train with one folder of images for each class, got no "),
         (["eval", "no"], "expected the folder of a run, got no folder no"),
