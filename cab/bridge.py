@@ -73,7 +73,7 @@ class Bridges(nn.Module):
     A learned layer map is a part of them: it is trained, saved and thrown away like them.
 
     Args:
-        layers: student layers.
+        layers: Mamba layers of the student.
         directions: scan directions of a layer, 1 or 2.
         d_state: width of B and C.
         hidden: width of the bridges' hidden layer; 0 makes them linear.

@@ -226,18 +226,29 @@ class DecoderConfig(Section):
 
 @dataclass(frozen=True)
 class MambaConfig(Section):
-    """The student: a Mamba or Mamba-2 language model of transformers."""
+    """The student: a Mamba or Mamba-2 language model of transformers, or a hybrid of Mamba-2 and attention."""
 
     _prefix = "student."
 
-    name: str = _option("mamba", "mamba or mamba2", choices=("mamba", "mamba2"))
+    name: str = _option(
+        "mamba",
+        "mamba, mamba2 or bamba (blocks of Mamba-2 or attention, with gated MLPs)",
+        choices=("mamba", "mamba2", "bamba"),
+    )
     a_init: str = _option("zero", "zero: decay near 1, linear attention; s4d: Mamba's default", choices=("zero", "s4d"))
     width: int = _option(768, "of the residual stream", at_least=1)
     depth: int = _option(24, "layers", at_least=1)
     d_state: int = _option(16, "states of a channel, N; 64 to 128 are usual for mamba2", at_least=1)
     expand: int = _option(2, "channels of the scan over the width", at_least=1)
-    head_dim: int = _option(64, "of mamba2: channels that share a decay", at_least=1)
-    groups: int = _option(1, "of mamba2: sets of B and C", at_least=1)
+    head_dim: int = _option(64, "of Mamba-2: channels that share a decay", at_least=1)
+    groups: int = _option(1, "of Mamba-2: sets of B and C", at_least=1)
+    attention: str = _option(
+        "every-4", "of bamba: blocks that keep attention: every-K, the last of each K; or their numbers from 0: 3,7,11"
+    )
+    heads: int = _option(12, "of bamba's attention", at_least=1)
+    key_heads: int | None = _option(None, "of bamba's attention: heads of K and V; none: as many", at_least=1)
+    attention_dim: int | None = _option(None, "of a head of bamba's attention; none: student.width / heads", at_least=1)
+    mlp: int | None = _option(None, "width inside bamba's MLPs; none: 8/3 student.width", at_least=1)
     from_teacher: bool = _option(False, "start from the teacher's weights where shapes allow")
 
 
@@ -407,8 +418,10 @@ class LanguageConfig(Config):
             raise UserError("expected data.path, a file or folder with text, got none")
         if self.teacher.name is None and not self.teacher.steps:
             raise UserError("expected teacher.name, or teacher.steps to train a teacher on the text, got neither")
-        if self.data.packing == "isolated" and self.student.name == "mamba2":
-            raise UserError("expected data.packing=concatenated or padded for student.name=mamba2, got 'isolated'")
+        if self.data.packing == "isolated" and self.student.name != "mamba":
+            raise UserError(
+                f"expected data.packing=concatenated or padded for student.name={self.student.name}, got 'isolated'"
+            )
         if self.data.packing == "isolated" and self.graph:
             raise UserError("expected graph=false for data.packing=isolated, whose documents vary in number, got true")
         if self.bridge.enabled and self.bridge.aligns == "attention":

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
+    BambaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Mamba2Config,
@@ -31,7 +33,7 @@ from cab.report import PERPLEXITY, Recall
 from cab.run import Run, needs_teacher
 from cab.settings import of_arm
 from cab.students.from_teacher import start_from_teacher
-from cab.students.language import LanguageStudent, PlainLanguageModel
+from cab.students.language import LanguageStudent, PlainLanguageModel, attention_blocks
 from cab.task_options import task_options
 from cab.teachers.huggingface import HuggingFaceTeacher
 
@@ -77,7 +79,7 @@ class LanguageRun(Run):
             return LlamaForCausalLM(
                 LlamaConfig(
                     hidden_size=teacher.width,
-                    intermediate_size=-(-8 * teacher.width // 3 // 8) * 8,
+                    intermediate_size=_mlp_width(teacher.width),
                     num_hidden_layers=teacher.depth,
                     num_attention_heads=teacher.heads,
                     num_key_value_heads=teacher.key_heads,
@@ -167,20 +169,42 @@ class LanguageRun(Run):
         common: dict[str, Any] = {
             "hidden_size": sizes.width,
             "num_hidden_layers": sizes.depth,
-            "state_size": sizes.d_state,
-            "expand": sizes.expand,
             **self._vocabulary(),
         }
         if sizes.name == "mamba":
-            return MambaForCausalLM(MambaModelConfig(**common))
+            return MambaForCausalLM(MambaModelConfig(**common, state_size=sizes.d_state, expand=sizes.expand))
         heads, rest = divmod(sizes.expand * sizes.width, sizes.head_dim)
         if rest:
             raise ValueError(
                 f"student.expand * student.width = {sizes.expand * sizes.width} is no multiple of "
                 f"student.head_dim = {sizes.head_dim}"
             )
-        return Mamba2ForCausalLM(
-            Mamba2Config(**common, num_heads=heads, head_dim=sizes.head_dim, n_groups=sizes.groups)
+        if sizes.name == "mamba2":
+            return Mamba2ForCausalLM(
+                Mamba2Config(
+                    **common,
+                    state_size=sizes.d_state,
+                    expand=sizes.expand,
+                    num_heads=heads,
+                    head_dim=sizes.head_dim,
+                    n_groups=sizes.groups,
+                )
+            )
+        return BambaForCausalLM(
+            BambaConfig(
+                **common,
+                attn_layer_indices=attention_blocks(sizes.attention, sizes.depth),
+                num_attention_heads=sizes.heads,
+                num_key_value_heads=sizes.key_heads or sizes.heads,
+                head_dim=sizes.attention_dim or sizes.width // sizes.heads,
+                intermediate_size=sizes.mlp or _mlp_width(sizes.width),
+                tie_word_embeddings=True,
+                mamba_d_state=sizes.d_state,
+                mamba_expand=sizes.expand,
+                mamba_n_heads=heads,
+                mamba_d_head=sizes.head_dim,
+                mamba_n_groups=sizes.groups,
+            )
         )
 
     def _vocabulary(self) -> dict[str, int | None]:
@@ -190,3 +214,8 @@ class LanguageRun(Run):
     def _save(self, model: nn.Module, folder: Path) -> None:
         cast(Any, model).save_pretrained(folder)
         self.tokens.save(folder)
+
+
+def _mlp_width(width: int) -> int:
+    """Of a gated MLP: 8/3 of the tokens' width, rounded up to a multiple of 8."""
+    return -(-8 * width // 3 // 8) * 8

@@ -34,7 +34,7 @@ def task_options(config: Config, student: Student, teacher: Teacher | None) -> d
         options["attention"] = True
     elif teacher is not None and bridge.enabled:
         options["bridges"] = Bridges(
-            layers=student.num_layers,
+            layers=student.mamba_layers,
             directions=student.directions,
             d_state=student.d_state,
             hidden=bridge.hidden,

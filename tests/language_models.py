@@ -1,4 +1,4 @@
-"""Random language models small enough for a test, two layers each."""
+"""Random language models small enough for a test, two layers each; hybrids have attention between two others."""
 
 import torch
 from torch import nn
@@ -18,6 +18,19 @@ _STUDENTS = {
     "mamba": {"state_size": 4},
     "falcon_mamba": {"state_size": 4},
     "mamba2": {"state_size": 4, "n_groups": 2, "num_heads": 4, "head_dim": 16, "chunk_size": 8},
+    "bamba": {
+        "num_hidden_layers": 3,
+        "attn_layer_indices": [1],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 40,
+        "max_position_embeddings": 64,
+        "mamba_d_state": 4,
+        "mamba_n_groups": 2,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_chunk_size": 8,
+    },
 }
 _LLAMA = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40, "max_position_embeddings": 64}
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}

@@ -66,6 +66,35 @@ def test_the_copied_layer_is_the_teachers_linear_attention() -> None:
     torch.testing.assert_close(mixer.out_proj(mixed), attention.o_proj(expected))
 
 
+def test_a_block_that_keeps_attention_starts_as_the_teachers_own() -> None:
+    """Its attention, its norms and its MLP: the whole block computes what the teacher's computes."""
+    sizes = {"mamba_expand": 1, "mamba_d_head": 8, "mamba_n_groups": 4, "mamba_d_state": 8}
+    rotary = {"rope_type": "default", "rope_theta": 100.0}
+    student, teacher = make("bamba", **sizes), make("llama", seed=1, num_hidden_layers=3, rope_parameters=rotary)
+    for parameter in teacher.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5) if parameter.dim() == 1 else None
+    copied = start_from_teacher(student, teacher, [0, 1, 2])
+    assert {f"layers.1.attention.{name}" for name in ("query", "key", "value", "out")} <= set(copied)
+    assert {f"layers.0.mixer.{name}" for name in ("out_proj", "in_proj.x", "in_proj.B", "in_proj.C")} <= set(copied)
+    hidden, positions = torch.randn(2, 9, 32), torch.arange(9)[None]
+    out, expected = (
+        model.layers[1](hidden, position_ids=positions, position_embeddings=model.rotary_emb(hidden, positions))
+        for model in (student.model, teacher.model)
+    )
+    torch.testing.assert_close(out[0], expected, rtol=1e-4, atol=1e-5)
+    for place, layer in enumerate(student.model.layers):  # their MLPs and norms, too
+        of_teacher = teacher.model.layers[place]
+        assert torch.equal(layer.input_layernorm.weight, of_teacher.input_layernorm.weight)
+        out, expected = (
+            part.mlp(part.norm(hidden))
+            for part in (
+                nn.ModuleDict({"norm": layer.pre_ff_layernorm, "mlp": layer.feed_forward}),
+                nn.ModuleDict({"norm": of_teacher.post_attention_layernorm, "mlp": of_teacher.mlp}),
+            )
+        )
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_rms_norms_are_copied_and_others_are_not() -> None:
     student = make("mamba", expand=1)
     for family, expected in (("llama", True), ("gpt2", False), ("gemma", False)):

@@ -169,6 +169,22 @@ def test_mamba2_from_a_teacher_by_name(finished: Path, tmp_path: Path) -> None:
     assert rows_of(tmp_path / "run")["teacher"]["seconds"] is None
 
 
+def test_a_hybrid_from_a_teacher_trained_on_the_spot(tmp_path: Path) -> None:
+    """It keeps attention in the second of its three blocks, aligns the others, and generates."""
+    settings = ["arms=cab", "student.name=bamba", "student.depth=3", "student.attention=1", "student.head_dim=8"]
+    shapes = ["student.heads=2", "student.key_heads=1", "student.from_teacher=true", "log_every=1"]
+    assert main([*distill(*settings, *shapes), "--out", str(tmp_path / "run")]) == 0
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "cab" / "student")
+    assert student.config.layers_block_type == ["linear_attention", "full_attention", "linear_attention"]
+    entries = [json.loads(line) for line in (tmp_path / "run" / "cab" / "metrics.jsonl").read_text().splitlines()]
+    assert [len(entry["align_layers"]) for entry in entries if "align_layers" in entry] == [2, 2]
+    ids = torch.tensor([list(b"import ")])
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    step_by_step = student.generate(ids, **settings)
+    assert torch.equal(step_by_step, student.generate(ids, use_cache=False, **settings))
+    assert step_by_step.shape == (1, 12)
+
+
 def test_isolated_documents_from_teacher_to_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*distill("arms=cab", "data.packing=isolated"), "--out", str(tmp_path / "run")]) == 0
     assert rows_of(tmp_path / "run")["cab"]["alignment"] > 0
@@ -241,7 +257,11 @@ def test_the_loss_is_that_of_the_configuration(tmp_path: Path) -> None:
         ),
         (["data.tokenizer=/no/where"], "expected a tokenizer by name or path, got '/no/where': "),
         (["data.length=300"], "expected test text of at least data.length=300 tokens, got 200"),
-        (["student.name=mamba3"], "expected student.name to be one of mamba, mamba2, got 'mamba3'"),
+        (["student.name=mamba3"], "expected student.name to be one of mamba, mamba2, bamba, got 'mamba3'"),
+        (
+            ["student.name=bamba", "student.head_dim=8", "student.attention=2"],
+            "expected sizes of a bamba model, got: attention_blocks: expected every-K or some of the blocks from 0",
+        ),
         (["student.name=mamba2", "student.head_dim=5"], "expected sizes of a mamba2 model, got: student.expand * stud"),
         (
             ["data.packing=isolated", "student.name=mamba2"],

@@ -2,24 +2,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 from language_models import VOCABULARY, checkpoint_blocks, make
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.models.bamba import modeling_bamba
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 from cab.students import transformers_mamba
-from cab.students.language import LanguageStudent
+from cab.students.language import LanguageStudent, attention_blocks
 
-FAMILIES = {"mamba": 4, "falcon_mamba": 4, "mamba2": 8}  # with the width of B and C
+FAMILIES = {"mamba": 4, "falcon_mamba": 4, "mamba2": 8, "bamba": 8}  # with the width of B and C
+OF_MAMBA2 = {"mamba2": (modeling_mamba2, "n_groups"), "bamba": (modeling_bamba, "mamba_n_groups")}
 
 
 def ids() -> Tensor:
     return torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(1))
 
 
-def rows_of_b_and_c(student: LanguageStudent, layer: int) -> tuple[Tensor, Tensor]:
+def mixers_of(student: LanguageStudent) -> list[nn.Module]:
+    blocks = student.model.base_model.layers
+    return [block.mamba for block in blocks if hasattr(block, "mamba")] or [block.mixer for block in blocks]
+
+
+def rows_of_b_and_c(mixer: nn.Module, n: int) -> tuple[Tensor, Tensor]:
     """The gradient of the rows that make B, and of those that make C."""
-    mixer, n = student.model.backbone.layers[layer].mixer, student.d_state
     if hasattr(mixer, "x_proj"):
         return mixer.x_proj.weight.grad[-2 * n : -n], mixer.x_proj.weight.grad[-n:]
     inner = mixer.intermediate_size
@@ -50,11 +56,12 @@ def fused_mamba2(
 def test_b_and_c_carry_their_gradient_to_every_layer(family, checkpointing, fused, monkeypatch) -> None:
     """Also where one fused call hides them, and where the backward pass runs every block a second time."""
     # Versions of transformers differ in the norm of several groups.
-    groups = {"n_groups": 1} if family == "mamba2" else {}
+    groups = {OF_MAMBA2[family][1]: 1} if family in OF_MAMBA2 else {}
     student, plain = LanguageStudent(make(family, **groups)), LanguageStudent(make(family, **groups))
     if fused:
         monkeypatch.setattr(modeling_mamba, "mamba_inner_fn", None)  # our mixer does not call it
-        monkeypatch.setattr(modeling_mamba2, "mamba2_split_conv1d_scan_combined", fused_mamba2)
+        for module, _ in OF_MAMBA2.values():
+            monkeypatch.setattr(module, "mamba2_split_conv1d_scan_combined", fused_mamba2)
     student.train()
     if checkpointing:
         checkpoint_blocks(student.model)
@@ -63,9 +70,12 @@ def test_b_and_c_carry_their_gradient_to_every_layer(family, checkpointing, fuse
     torch.testing.assert_close(hidden, expected_hidden, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(projections, expected, rtol=1e-4, atol=1e-6)
     for name, side in (("B", 0), ("C", 1)):
-        torch.stack([getattr(layer, name).square().sum() for (layer,) in projections]).sum().backward(retain_graph=True)
-        for layer in range(student.num_layers):
-            rows = rows_of_b_and_c(student, layer)
+        seen = [getattr(layer, name).square().sum() for layers in projections for layer in layers]
+        torch.stack(seen).sum().backward(retain_graph=True)
+        mixers = mixers_of(student)
+        assert len(seen) == len(mixers) == student.mamba_layers == 2
+        for layer, mixer in enumerate(mixers):
+            rows = rows_of_b_and_c(mixer, student.d_state)
             assert (rows[side].abs().sum(dim=1) > 0).all(), (name, layer)
         student.zero_grad()
     assert student._seen is None  # what the repeated blocks show is kept by no one
@@ -75,11 +85,11 @@ def test_b_and_c_carry_their_gradient_to_every_layer(family, checkpointing, fuse
 def test_b_and_c_are_those_of_the_scan(family, monkeypatch) -> None:
     given: list[tuple[Tensor, Tensor]] = []
     ours = (transformers_mamba, "selective_scan_fn")
-    module, name = (modeling_mamba2, "mamba2_chunk_scan") if family == "mamba2" else ours
+    module, name = (OF_MAMBA2[family][0], "mamba2_chunk_scan") if family in OF_MAMBA2 else ours
     original = getattr(module, name)
 
     def watched(u, delta, A, B, C, *args, **kwargs):
-        given.append((B.flatten(2), C.flatten(2)) if family == "mamba2" else (B.mT, C.mT))
+        given.append((B.flatten(2), C.flatten(2)) if family in OF_MAMBA2 else (B.mT, C.mT))
         return original(u, delta, A, B, C, *args, **kwargs)
 
     monkeypatch.setattr(module, name, watched)
@@ -87,8 +97,8 @@ def test_b_and_c_are_those_of_the_scan(family, monkeypatch) -> None:
     mask[1, :3] = 0
     with torch.no_grad():
         _, projections = LanguageStudent(make(family)).forward_with_projections(ids(), mask)
-    assert len(given) == len(projections) == 2
-    for (layer,), (B, C) in zip(projections, given, strict=True):
+    assert [len(layers) for layers in projections] == ([1, 0, 1] if family == "bamba" else [1, 1])
+    for layer, (B, C) in zip([layer for layers in projections for layer in layers], given, strict=True):
         assert layer.B.shape == (2, 11, FAMILIES[family])
         torch.testing.assert_close((layer.B[mask.bool()], layer.C[mask.bool()]), (B[mask.bool()], C[mask.bool()]))
 
@@ -122,16 +132,17 @@ def test_start_at_linear_attention(family: str) -> None:
     """With A ~ 0 the state forgets nothing: it is the sum of all that came in."""
     student = LanguageStudent(make(family))
     student.start_at_linear_attention()
-    for layer in student.model.backbone.layers:
-        decay = torch.exp(-layer.mixer.A_log.exp() * 100)  # over a step a thousand times as long as they start
+    for mixer in mixers_of(student):
+        decay = torch.exp(-mixer.A_log.exp() * 100)  # over a step a thousand times as long as they start
         assert torch.allclose(decay, torch.ones(()), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_spared_from_decay(family: str) -> None:
-    spared = {name.removeprefix("model.backbone.layers.") for name in LanguageStudent(make(family)).no_weight_decay()}
-    own = ("A_log", "D", "dt_bias") if family == "mamba2" else ("A_log", "D")
-    assert spared == {f"{layer}.mixer.{name}" for layer in range(2) for name in own}
+    spared = [name.split(".")[-3:] for name in sorted(LanguageStudent(make(family)).no_weight_decay())]
+    own = ("A_log", "D", "dt_bias") if family in OF_MAMBA2 else ("A_log", "D")
+    layers, mixer = ("02", "mamba") if family == "bamba" else ("01", "mixer")
+    assert spared == [[layer, mixer, name] for layer in layers for name in own]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -149,3 +160,18 @@ def test_model_without_b_and_c() -> None:
         ValueError, match="expected a model with B and C, .* got LlamaForCausalLM of model_type 'llama'"
     ):
         LanguageStudent(make("llama"))
+
+
+def test_hybrid_without_a_mamba_block() -> None:
+    with pytest.raises(
+        ValueError, match="expected a block with B and C, got BambaForCausalLM with attention in all of"
+    ):
+        LanguageStudent(make("bamba", attn_layer_indices=[0, 1, 2]))
+
+
+def test_blocks_that_keep_attention() -> None:
+    assert attention_blocks("every-4", 10) == [3, 7]
+    assert attention_blocks("7, 0", 8) == [0, 7]
+    for text in ("every-1", "every-9", "every-0", "8", "-1", "0,1,2,3,4,5,6,7", "", "some"):
+        with pytest.raises(ValueError, match=f"expected every-K or some of the blocks from 0 to 7, .* got '{text}'"):
+            attention_blocks(text, 8)

@@ -13,7 +13,7 @@ from cab.distill.token_losses import Divergence
 from cab.students.language import LanguageStudent
 from cab.teachers.huggingface import HuggingFaceTeacher
 
-STUDENTS = ("mamba", "falcon_mamba", "mamba2")
+STUDENTS = ("mamba", "falcon_mamba", "mamba2", "bamba")
 
 
 def make_task(student: str = "mamba", teacher: str = "llama", **options: object) -> LanguageTask:
@@ -21,7 +21,7 @@ def make_task(student: str = "mamba", teacher: str = "llama", **options: object)
     student = LanguageStudent(make(student, num_hidden_layers=4))
     teacher = HuggingFaceTeacher(make(teacher, seed=1))
     torch.manual_seed(2)
-    bridges = Bridges(4, 1, student.d_state, 24, teacher.key_width, teacher.query_width)
+    bridges = Bridges(student.mamba_layers, 1, student.d_state, 24, teacher.key_width, teacher.query_width)
     return LanguageTask(student, teacher, bridges, **options).train()
 
 
@@ -44,18 +44,20 @@ def test_alignment_alone_reaches_student_and_bridges(student: str, teacher: str,
         checkpoint_blocks(task.student.model)
     task(**batch())["loss"].backward()
     n = task.student.d_state
-    for layer in task.student.model.backbone.layers:
-        mixer = layer.mixer
+    blocks = task.student.model.base_model.layers
+    mixers = [getattr(block, "mixer", None) or getattr(block, "mamba", None) for block in blocks]
+    assert [mixer is None for mixer in mixers] == [False, student == "bamba", False, False]
+    for mixer in filter(None, mixers):
         of_b_and_c = (
-            mixer.in_proj.weight.grad[2 * mixer.intermediate_size :][: 2 * n]
-            if student == "mamba2"
-            else mixer.x_proj.weight.grad[-2 * n :]
+            mixer.x_proj.weight.grad[-2 * n :]
+            if hasattr(mixer, "x_proj")
+            else mixer.in_proj.weight.grad[2 * mixer.intermediate_size :][: 2 * n]
         )
         assert (of_b_and_c.abs().sum(dim=1) > 0).all()
         assert (mixer.in_proj.weight.grad.abs().sum(dim=1) > 0).any()
     for name, parameter in task.bridges.named_parameters():
         per_bridge = parameter.grad.flatten(1).abs().sum(dim=1)
-        assert len(per_bridge) == 4, name
+        assert len(per_bridge) == (3 if student == "bamba" else 4), name
         assert (per_bridge > 0).all(), name
 
 
@@ -100,8 +102,31 @@ def test_loss_is_the_formula() -> None:
     torch.testing.assert_close(result["loss"].double(), 0.5 * kl + 2 * ce + 0.25 * align, rtol=1e-5, atol=0)
 
 
-def test_padding_changes_nothing() -> None:
-    task, given = make_task(weights=LossWeights(ce=1.0)), batch()
+def test_a_block_that_keeps_attention_meets_no_bridge() -> None:
+    """The others learn from the teacher layers of their places among all blocks, and the mean is over them alone."""
+    task, given = make_task("bamba", weights=LossWeights(kd=0.0)), batch()
+    mask = given["attention_mask"].bool()
+    layers: list[tuple[Tensor, Tensor]] = []
+    task.teacher(**given, on_layer=lambda layer, query, key: layers.append((query, key)))
+    _, projections = task.student.forward_with_projections(**given)
+    losses = []
+    for bridge, (place, teacher) in enumerate(((0, 0), (2, 1), (3, 1))):
+        total = torch.zeros(())
+        for stack, source, target in zip(
+            (task.bridges.query, task.bridges.key), reversed(projections[place][0]), layers[teacher], strict=True
+        ):
+            inner = nn.functional.silu(source @ stack.w1[bridge].T + stack.b1[bridge])
+            residual = inner @ stack.w2[bridge].T + stack.b2[bridge] - target.transpose(1, 2).flatten(2)
+            total = total + residual[mask].square().mean()
+        losses.append(total)
+    result = task(**given)
+    torch.testing.assert_close(result["align_layers"], torch.stack(losses).detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result["loss"], torch.stack(losses).mean(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_padding_changes_nothing(student: str) -> None:
+    task, given = make_task(student, weights=LossWeights(ce=1.0)), batch()
     alone = {name: tensor[1:, :6] for name, tensor in given.items()}
     padded = {name: tensor[1:] for name, tensor in given.items()}
     torch.testing.assert_close(task(**padded), task(**alone), rtol=1e-4, atol=1e-6)

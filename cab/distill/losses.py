@@ -38,8 +38,9 @@ class Alignment:
     softmax(layer_logits)[l]: T times the work.
 
     Args:
-        bridges: phi, for every layer and direction, and the learned layer map where there is one.
-        projections: the student's B and C, a tuple a layer with one entry a direction.
+        bridges: phi, for every Mamba layer and direction, and the learned layer map where there is one.
+        projections: the student's B and C, a tuple a layer with one entry a direction, none for a layer that keeps
+            attention: it has a K and Q of its own, and its alignment is no part of the mean.
         targets: what K and Q are turned into before they are met.
         layer_map: g, the teacher layer of each student layer; it never goes back. A learned one takes its place.
         token_index: (length,) the teacher token of each student token, -1 for none; None where they are the same.
@@ -61,13 +62,14 @@ class Alignment:
         self.targets = targets
         self.token_index = token_index
         self.mask = mask
+        aligned = [index for index, directions in enumerate(projections) if directions]
+        groups = [[index for index in aligned if layer_map[index] == layer] for layer in range(max(layer_map) + 1)]
         learned = bridges.layer_logits
         self.shares = None if learned is None else learned.float().softmax(dim=1)
-        groups = [[index for index, g in enumerate(layer_map) if g == layer] for layer in range(max(layer_map) + 1)]
-        counts = [bridges.directions * len(group) for group in groups]
         if learned is not None:  # every teacher layer meets all bridges
-            groups, counts = [list(range(bridges.layers))] * learned.shape[1], [bridges.directions * bridges.layers]
+            groups = [aligned] * learned.shape[1]
         self.students = groups
+        counts = [bridges.directions * len(group) for group in (groups if learned is None else groups[:1])]
         self.key_weights = bridges.key.split(counts)
         self.query_weights = bridges.query.split(counts)
         self.of_layers: list[Tensor] = []  # (layers,) of each teacher layer that has students
@@ -122,7 +124,7 @@ class Alignment:
         return torch.stack(losses)
 
     def layers(self) -> Tensor:
-        """The loss of each student layer, (layers,) float32, once all layers of the teacher have been met."""
+        """The loss of each Mamba layer, (layers,) float32, once all layers of the teacher have been met."""
         return torch.cat(self.of_layers) if self.shares is None else torch.stack(self.of_layers).sum(0)
 
     def loss(self) -> Tensor:

@@ -104,7 +104,7 @@ class DistillationTask(nn.Module):
             )
         if self.bridges is None:
             return
-        expected = (layers, student.d_state, teacher.key_width, teacher.query_width)
+        expected = (student.mamba_layers, student.d_state, teacher.key_width, teacher.query_width)
         bridges = self.bridges
         if bridges.layer_logits is not None and bridges.layer_logits.shape[1] != teacher.num_layers:
             raise ValueError(

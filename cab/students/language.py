@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from cab.logits import logits_of
 from cab.packing import document_bounds
@@ -16,7 +15,7 @@ from cab.students.student import Projections, TokenStudent
 from cab.students.transformers_mamba import use_cab_kernels
 from cab_kernels import causal_conv1d_fn
 
-_FAMILIES = ("mamba", "falcon_mamba", "mamba2")
+_FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba")
 
 
 class PlainLanguageModel(TokenStudent):
@@ -47,23 +46,27 @@ class PlainLanguageModel(TokenStudent):
 
 
 class LanguageStudent(PlainLanguageModel):
-    """A Mamba or Mamba-2 language model of transformers that yields B and C of every layer.
+    """A Mamba or Mamba-2 language model of transformers that yields B and C of every Mamba layer.
 
     ``MambaForCausalLM`` and ``FalconMambaForCausalLM`` are put on ``cab_kernels``, whose mixers show their B and C.
-    ``Mamba2ForCausalLM`` computes as it always does. Where mamba_ssm is installed, one fused call then keeps B and C to
-    itself, so they are computed a second time from the output of ``in_proj``: the convolution of their channels. Its
-    state does not start again within a sequence, so packed documents are refused.
+    ``Mamba2ForCausalLM`` computes as it always does, and so does ``BambaForCausalLM``, which joins Mamba-2 with
+    attention. Where mamba_ssm is installed, one fused call of theirs keeps B and C to itself, so they are computed a
+    second time from the output of ``in_proj``: the convolution of their channels. Their state does not start again
+    within a sequence, so packed documents are refused.
+
+    A block of a hybrid that keeps attention has K and Q already, and yields no B and C.
 
     Args:
         model: the language model, changed in place; it is saved, loaded and generates as before.
 
     Attributes:
         model: the same.
-        num_layers: Mamba blocks.
+        num_layers: blocks.
         d_state: width of B and C; for Mamba-2 that of all groups together.
 
     Raises:
-        ValueError: the model is of another family: it has no B and C, or none that can be read.
+        ValueError: the model is of another family, or keeps attention in all blocks: it has no B and C, or none that
+            can be read.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -71,25 +74,35 @@ class LanguageStudent(PlainLanguageModel):
         family = getattr(config, "model_type", None)
         if family not in _FAMILIES:
             raise ValueError(
-                "LanguageStudent: expected a model with B and C, of model_type 'mamba', 'falcon_mamba' or 'mamba2', "
+                f"LanguageStudent: expected a model with B and C, of model_type {', '.join(_FAMILIES)}, "
                 f"got {type(model).__name__} of model_type {family!r}"
             )
         super().__init__(model)
-        self.d_state = config.state_size * (config.n_groups if family == "mamba2" else 1)
-        self._packs = family != "mamba2"
-        if family != "mamba2":
+        mixers = self._mixers()
+        if not mixers:
+            raise ValueError(
+                f"LanguageStudent: expected a block with B and C, got {type(model).__name__} with attention in all of "
+                f"its {self.num_layers} blocks"
+            )
+        self._packs = family in ("mamba", "falcon_mamba")
+        if self._packs:
             use_cab_kernels(model)
         self._reading = False
         self._seen: dict[int, Projections] | None = None
-        for layer, mixer in enumerate(self._mixers()):
-            if family == "mamba2":
-                mixer.in_proj.register_forward_hook(self._in_proj_hook(layer, mixer))
-            else:
+        for layer, mixer in mixers.items():
+            self.d_state = mixer.ssm_state_size * getattr(mixer, "n_groups", 1)
+            if self._packs:
                 mixer.on_projections = self._keep(layer)
+            else:
+                mixer.in_proj.register_forward_hook(self._in_proj_hook(layer, mixer))
+
+    @property
+    def mamba_layers(self) -> int:
+        return len(self._mixers())
 
     def start_at_linear_attention(self) -> None:
         """Set A ~ 0: the decay of a step rounds to 1, and the scan starts as linear attention (arXiv:2510.19266)."""
-        for mixer in self._mixers():
+        for mixer in self._mixers().values():
             nn.init.constant_(mixer.A_log, A_LOG_OF_ZERO)
 
     def no_weight_decay(self) -> set[str]:
@@ -123,8 +136,8 @@ class LanguageStudent(PlainLanguageModel):
                 "LanguageStudent: expected B and C to have a gradient, got none: gradient checkpointing must run with "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
-        rows = [Projections(*(side.view(*input_ids.shape, -1) for side in seen[i])) for i in range(self.num_layers)]
-        return hidden, [(layer,) for layer in rows]
+        rows = {i: Projections(*(side.view(*input_ids.shape, -1) for side in layer)) for i, layer in seen.items()}
+        return hidden, [(rows[i],) if i in rows else () for i in range(self.num_layers)]
 
     def _hidden(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
         """The last hidden states; packed documents run as one sequence of all rows."""
@@ -136,9 +149,11 @@ class LanguageStudent(PlainLanguageModel):
         hidden = super().forward(input_ids.reshape(1, -1), document_bounds(position_ids))
         return hidden.view(*input_ids.shape, -1)
 
-    def _mixers(self) -> list[Any]:
+    def _mixers(self) -> dict[int, Any]:
+        """The mixer of each Mamba block, by the block's place among all."""
         backbone: Any = self.model.base_model
-        return [layer.mixer for layer in backbone.layers]
+        mixers = (getattr(layer, "mixer", None) or getattr(layer, "mamba", None) for layer in backbone.layers)
+        return {place: mixer for place, mixer in enumerate(mixers) if mixer is not None}
 
     def _keep(self, layer: int) -> Callable[[Tensor, Tensor], None]:
         def keep(B: Tensor, C: Tensor) -> None:
@@ -147,7 +162,7 @@ class LanguageStudent(PlainLanguageModel):
 
         return keep
 
-    def _in_proj_hook(self, layer: int, mixer: Mamba2Mixer) -> Callable[[nn.Module, Any, Tensor], None]:
+    def _in_proj_hook(self, layer: int, mixer: Any) -> Callable[[nn.Module, Any, Tensor], None]:
         keep, width, inner = self._keep(layer), 2 * self.d_state, mixer.intermediate_size
 
         def read(module: nn.Module, inputs: Any, projected: Tensor) -> None:
@@ -160,3 +175,26 @@ class LanguageStudent(PlainLanguageModel):
             keep(B, C)
 
         return read
+
+
+def attention_blocks(text: str, depth: int) -> list[int]:
+    """The blocks of a hybrid that keep attention.
+
+    Args:
+        text: "every-K", the last block of each K; or their numbers from 0, "3,7,11".
+        depth: blocks in all.
+
+    Raises:
+        ValueError: the text is none of these, or leaves no attention or no Mamba block.
+    """
+    prefix, _, every = text.partition("every-")
+    if not prefix and every.isdecimal() and int(every) > 0:
+        blocks = list(range(int(every) - 1, depth, int(every)))
+    else:
+        blocks = [int(part) if part.strip().isdecimal() else depth for part in text.split(",")]
+    if not 0 < len(set(blocks)) < depth or max(blocks) >= depth:
+        raise ValueError(
+            f"attention_blocks: expected every-K or some of the blocks from 0 to {depth - 1}, such as 3,7,11, that "
+            f"leave at least one of each kind, got {text!r}"
+        )
+    return sorted(set(blocks))

@@ -20,14 +20,19 @@ class Student(nn.Module):
     """A Mamba model whose forward pass yields B and C of every layer beside its output.
 
     Attributes:
-        num_layers: Mamba blocks.
-        directions: scan directions of a block, 1 or 2.
+        num_layers: blocks.
+        directions: scan directions of a Mamba block, 1 or 2.
         d_state: width of B and C.
     """
 
     num_layers: int
     directions: int
     d_state: int
+
+    @property
+    def mamba_layers(self) -> int:
+        """Mamba blocks: all of them, unless the student keeps attention in some."""
+        return self.num_layers
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay would spoil, A above all: decay undoes A ~ 0."""
@@ -65,7 +70,9 @@ class TokenStudent(Student):
     def forward_with_projections(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> tuple[Tensor, list[tuple[Projections, ...]]]:
-        """The last hidden states (batch, tokens, width), and B and C of every layer, a tuple of one a layer.
+        """The last hidden states (batch, tokens, width), and B and C of every layer: a tuple of one a layer.
+
+        The tuple of a layer that keeps attention is empty.
 
         Args:
             input_ids: (batch, tokens).
