@@ -232,23 +232,26 @@ class MambaConfig(Section):
 
     name: str = _option(
         "mamba",
-        "mamba, mamba2 or bamba (blocks of Mamba-2 or attention, with gated MLPs)",
-        choices=("mamba", "mamba2", "bamba"),
+        "mamba, mamba2, bamba (blocks of Mamba-2 or attention, with gated MLPs) or discrete_mamba2 (a Transformer's "
+        "blocks with a discrete Mamba-2 in the place of attention)",
+        choices=("mamba", "mamba2", "bamba", "discrete_mamba2"),
     )
     a_init: str = _option("zero", "zero: decay near 1, linear attention; s4d: Mamba's default", choices=("zero", "s4d"))
     width: int = _option(768, "of the residual stream", at_least=1)
     depth: int = _option(24, "layers", at_least=1)
     d_state: int = _option(16, "states of a channel, N; 64 to 128 are usual for mamba2", at_least=1)
     expand: int = _option(2, "channels of the scan over the width", at_least=1)
-    head_dim: int = _option(64, "of Mamba-2: channels that share a decay", at_least=1)
-    groups: int = _option(1, "of Mamba-2: sets of B and C", at_least=1)
+    head_dim: int = _option(64, "of every Mamba-2: channels that share a decay", at_least=1)
+    groups: int = _option(1, "of every Mamba-2: sets of B and C", at_least=1)
     attention: str = _option(
         "every-4", "of bamba: blocks that keep attention: every-K, the last of each K; or their numbers from 0: 3,7,11"
     )
     heads: int = _option(12, "of bamba's attention", at_least=1)
     key_heads: int | None = _option(None, "of bamba's attention: heads of K and V; none: as many", at_least=1)
     attention_dim: int | None = _option(None, "of a head of bamba's attention; none: student.width / heads", at_least=1)
-    mlp: int | None = _option(None, "width inside bamba's MLPs; none: 8/3 student.width", at_least=1)
+    mlp: int | None = _option(
+        None, "width inside the MLPs of bamba and discrete_mamba2; none: 8/3 student.width", at_least=1
+    )
     from_teacher: bool = _option(False, "start from the teacher's weights where shapes allow")
 
 

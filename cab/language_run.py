@@ -32,6 +32,7 @@ from cab.refusal import refused
 from cab.report import PERPLEXITY, Recall
 from cab.run import Run, needs_teacher
 from cab.settings import of_arm
+from cab.students.discrete_mamba2 import DiscreteMamba2Config, DiscreteMamba2ForCausalLM
 from cab.students.from_teacher import start_from_teacher
 from cab.students.language import LanguageStudent, PlainLanguageModel, attention_blocks
 from cab.task_options import task_options
@@ -188,6 +189,17 @@ class LanguageRun(Run):
                     num_heads=heads,
                     head_dim=sizes.head_dim,
                     n_groups=sizes.groups,
+                )
+            )
+        if sizes.name == "discrete_mamba2":
+            return DiscreteMamba2ForCausalLM(
+                DiscreteMamba2Config(
+                    **common,
+                    state_size=sizes.d_state,
+                    num_heads=heads,
+                    head_dim=sizes.head_dim,
+                    n_groups=sizes.groups,
+                    intermediate_size=sizes.mlp or _mlp_width(sizes.width),
                 )
             )
         return BambaForCausalLM(

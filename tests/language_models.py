@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import cab.students.discrete_mamba2  # noqa: F401  registers the model with transformers
+
 VOCABULARY = 48
 
 _COMMON = {
@@ -18,6 +20,14 @@ _STUDENTS = {
     "mamba": {"state_size": 4},
     "falcon_mamba": {"state_size": 4},
     "mamba2": {"state_size": 4, "n_groups": 2, "num_heads": 4, "head_dim": 16, "chunk_size": 8},
+    "discrete_mamba2": {
+        "state_size": 4,
+        "n_groups": 2,
+        "num_heads": 4,
+        "head_dim": 16,
+        "intermediate_size": 40,
+        "chunk_size": 8,
+    },
     "bamba": {
         "num_hidden_layers": 3,
         "attn_layer_indices": [1],

@@ -4,6 +4,7 @@ from language_models import make
 from torch import Tensor, nn
 
 from cab.students.from_teacher import start_from_teacher
+from cab.students.language import LanguageStudent
 
 # Heads and states of the teacher's size, so that everything fits: two groups of K repeated to four heads.
 FITTING = {"expand": 1, "num_heads": 4, "head_dim": 8, "n_groups": 4, "state_size": 8}
@@ -64,6 +65,29 @@ def test_the_copied_layer_is_the_teachers_linear_attention() -> None:
     key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
     expected = ((query @ key.mT).tril() @ value).transpose(1, 2).flatten(2)
     torch.testing.assert_close(mixer.out_proj(mixed), attention.o_proj(expected))
+
+
+def test_discrete_mamba2_starts_as_its_teacher_with_linear_attention() -> None:
+    """The whole model: the teacher's blocks, with Q K^T V, causal and without rotation, in the place of attention."""
+    sizes = {"num_heads": 4, "head_dim": 8, "n_groups": 4, "state_size": 8, "tie_word_embeddings": False}
+    student, teacher = make("discrete_mamba2", **sizes), make("llama", seed=1)
+    for parameter in teacher.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5) if parameter.dim() == 1 else None
+    start_from_teacher(student, teacher, [0, 1])
+    LanguageStudent(student).start_at_linear_attention()
+    ids = torch.randint(48, (2, 19))
+    hidden = teacher.model.embed_tokens(ids)
+    for block in teacher.model.layers:
+        inside, attention = block.input_layernorm(hidden), block.self_attn
+        query, key, value = (
+            projection(inside).unflatten(-1, (-1, 8)).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+        hidden = hidden + attention.o_proj(((query @ key.mT).tril() @ value).transpose(1, 2).flatten(2))
+        hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
+    expected = teacher.lm_head(teacher.model.norm(hidden))
+    torch.testing.assert_close(student(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_block_that_keeps_attention_starts_as_the_teachers_own() -> None:

@@ -185,6 +185,16 @@ def test_a_hybrid_from_a_teacher_trained_on_the_spot(tmp_path: Path) -> None:
     assert step_by_step.shape == (1, 12)
 
 
+def test_discrete_mamba2_from_a_teacher_trained_on_the_spot(tmp_path: Path) -> None:
+    settings = ["arms=soft-kd,cab", "student.name=discrete_mamba2", "student.expand=1", "student.head_dim=8"]
+    shapes = ["student.groups=2", "student.d_state=8", "student.from_teacher=true"]
+    assert main([*distill(*settings, *shapes), "--out", str(tmp_path / "run")]) == 0
+    assert rows_of(tmp_path / "run")["cab"]["alignment"] > 0
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "cab" / "student")
+    assert type(student).__name__ == "DiscreteMamba2ForCausalLM"
+    assert main(["eval", str(tmp_path / "run")]) == 0
+
+
 def test_isolated_documents_from_teacher_to_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*distill("arms=cab", "data.packing=isolated"), "--out", str(tmp_path / "run")]) == 0
     assert rows_of(tmp_path / "run")["cab"]["alignment"] > 0
@@ -257,7 +267,10 @@ def test_the_loss_is_that_of_the_configuration(tmp_path: Path) -> None:
         ),
         (["data.tokenizer=/no/where"], "expected a tokenizer by name or path, got '/no/where': "),
         (["data.length=300"], "expected test text of at least data.length=300 tokens, got 200"),
-        (["student.name=mamba3"], "expected student.name to be one of mamba, mamba2, bamba, got 'mamba3'"),
+        (
+            ["student.name=mamba3"],
+            "expected student.name to be one of mamba, mamba2, bamba, discrete_mamba2, got ",
+        ),
         (
             ["student.name=bamba", "student.head_dim=8", "student.attention=2"],
             "expected sizes of a bamba model, got: attention_blocks: expected every-K or some of the blocks from 0",

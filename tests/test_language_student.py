@@ -8,10 +8,10 @@ from transformers.models.bamba import modeling_bamba
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
-from cab.students import transformers_mamba
+from cab.students import discrete_mamba2, transformers_mamba
 from cab.students.language import LanguageStudent, attention_blocks
 
-FAMILIES = {"mamba": 4, "falcon_mamba": 4, "mamba2": 8, "bamba": 8}  # with the width of B and C
+FAMILIES = {"mamba": 4, "falcon_mamba": 4, "mamba2": 8, "bamba": 8, "discrete_mamba2": 8}  # with the width of B and C
 OF_MAMBA2 = {"mamba2": (modeling_mamba2, "n_groups"), "bamba": (modeling_bamba, "mamba_n_groups")}
 
 
@@ -86,13 +86,19 @@ def test_b_and_c_are_those_of_the_scan(family, monkeypatch) -> None:
     given: list[tuple[Tensor, Tensor]] = []
     ours = (transformers_mamba, "selective_scan_fn")
     module, name = (OF_MAMBA2[family][0], "mamba2_chunk_scan") if family in OF_MAMBA2 else ours
+    if family == "discrete_mamba2":
+        module, name = discrete_mamba2, "discrete_scan"
     original = getattr(module, name)
 
     def watched(u, delta, A, B, C, *args, **kwargs):
         given.append((B.flatten(2), C.flatten(2)) if family in OF_MAMBA2 else (B.mT, C.mT))
         return original(u, delta, A, B, C, *args, **kwargs)
 
-    monkeypatch.setattr(module, name, watched)
+    def watched_discrete(x, log_decay, B, C, *args, **kwargs):
+        given.append((B.flatten(2), C.flatten(2)))
+        return original(x, log_decay, B, C, *args, **kwargs)
+
+    monkeypatch.setattr(module, name, watched_discrete if family == "discrete_mamba2" else watched)
     mask = torch.ones(2, 11, dtype=torch.int64)
     mask[1, :3] = 0
     with torch.no_grad():
@@ -141,6 +147,7 @@ def test_start_at_linear_attention(family: str) -> None:
 def test_spared_from_decay(family: str) -> None:
     spared = [name.split(".")[-3:] for name in sorted(LanguageStudent(make(family)).no_weight_decay())]
     own = ("A_log", "D", "dt_bias") if family in OF_MAMBA2 else ("A_log", "D")
+    own = ("A_log",) if family == "discrete_mamba2" else own
     layers, mixer = ("02", "mamba") if family == "bamba" else ("01", "mixer")
     assert spared == [[layer, mixer, name] for layer in layers for name in own]
 

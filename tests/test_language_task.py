@@ -13,7 +13,7 @@ from cab.distill.token_losses import Divergence
 from cab.students.language import LanguageStudent
 from cab.teachers.huggingface import HuggingFaceTeacher
 
-STUDENTS = ("mamba", "falcon_mamba", "mamba2", "bamba")
+STUDENTS = ("mamba", "falcon_mamba", "mamba2", "bamba", "discrete_mamba2")
 
 
 def make_task(student: str = "mamba", teacher: str = "llama", **options: object) -> LanguageTask:

@@ -36,7 +36,8 @@ def start_from_teacher(student: nn.Module, teacher: nn.Module, layer_map: Sequen
     teacher that has one.
 
     Args:
-        student: ``MambaForCausalLM``, ``FalconMambaForCausalLM``, ``Mamba2ForCausalLM`` or ``BambaForCausalLM``.
+        student: ``MambaForCausalLM``, ``FalconMambaForCausalLM``, ``Mamba2ForCausalLM``, ``BambaForCausalLM`` or
+            ``DiscreteMamba2ForCausalLM``.
         teacher: a causal language model of transformers. Attention weights are found in models that have ``q_proj``,
             ``k_proj``, ``v_proj`` and ``o_proj`` (or ``out_proj``, ``dense``), and in those built as GPT-2 or GPT-NeoX;
             gated MLPs where their parts are ``gate_proj``, ``up_proj`` and ``down_proj``.

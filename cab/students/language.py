@@ -15,7 +15,7 @@ from cab.students.student import Projections, TokenStudent
 from cab.students.transformers_mamba import use_cab_kernels
 from cab_kernels import causal_conv1d_fn
 
-_FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba")
+_FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba", "discrete_mamba2")
 
 
 class PlainLanguageModel(TokenStudent):
@@ -52,7 +52,8 @@ class LanguageStudent(PlainLanguageModel):
     ``Mamba2ForCausalLM`` computes as it always does, and so does ``BambaForCausalLM``, which joins Mamba-2 with
     attention. Where mamba_ssm is installed, one fused call of theirs keeps B and C to itself, so they are computed a
     second time from the output of ``in_proj``: the convolution of their channels. Their state does not start again
-    within a sequence, so packed documents are refused.
+    within a sequence, so packed documents are refused. So they are for ``DiscreteMamba2ForCausalLM``, which shows its B
+    and C itself.
 
     A block of a hybrid that keeps attention has K and Q already, and yields no B and C.
 
@@ -91,7 +92,7 @@ class LanguageStudent(PlainLanguageModel):
         self._seen: dict[int, Projections] | None = None
         for layer, mixer in mixers.items():
             self.d_state = mixer.ssm_state_size * getattr(mixer, "n_groups", 1)
-            if self._packs:
+            if hasattr(mixer, "on_projections"):
                 mixer.on_projections = self._keep(layer)
             else:
                 mixer.in_proj.register_forward_hook(self._in_proj_hook(layer, mixer))
