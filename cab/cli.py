@@ -124,6 +124,11 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="of text: also measure how well teacher and students recall pairs of tokens from their context",
     )
+    parser.add_argument(
+        "--positions",
+        action="store_true",
+        help="of text: also measure perplexity against the position, up to 8 times the length that was learnt",
+    )
     parser.set_defaults(command=_eval)
 
 
@@ -233,8 +238,8 @@ def _writable(file: Path) -> None:
 def _eval(options: argparse.Namespace) -> None:
     if options.attention:
         _writable(options.attention)
-    from cab.report import recall_table, table
-    from cab.run import compare_attention, evaluate, measure_recall
+    from cab.report import positions_table, recall_table, table
+    from cab.run import compare_attention, evaluate, measure_positions, measure_recall
 
     print(table(*evaluate(options.run, options.data, options.length)))
     if options.attention:
@@ -242,6 +247,8 @@ def _eval(options: argparse.Namespace) -> None:
         print(f"similarity of the attention: {options.attention}")
     if options.mqar:
         print(f"\n{recall_table(measure_recall(options.run, options.data, options.length))}")
+    if options.positions:
+        print(f"\n{positions_table(measure_positions(options.run, options.data, options.length))}")
 
 
 def _report(options: argparse.Namespace) -> None:

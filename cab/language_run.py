@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -27,9 +28,10 @@ from cab.distill.language import LanguageTask
 from cab.distill.task import DistillationTask, LossWeights
 from cab.distill.token_losses import Divergence, DivergenceKind
 from cab.layer_map import proportional
+from cab.positions import loss_by_position
 from cab.recall import PAIRS, recall
 from cab.refusal import refused
-from cab.report import PERPLEXITY, Recall
+from cab.report import PERPLEXITY, Positions, Recall
 from cab.run import Run, needs_teacher
 from cab.settings import of_arm
 from cab.students.discrete_mamba2 import DiscreteMamba2Config, DiscreteMamba2ForCausalLM
@@ -144,6 +146,28 @@ class LanguageRun(Run):
             plain = PlainLanguageModel(model).to(device).eval()
             accuracy[name] = [recall(plain, n, known, device) if 4 * n <= positions else None for n in pairs]
         return Recall(pairs, accuracy)
+
+    def positions(self) -> Positions:
+        length, stream = self.config.data.length, self.splits.test.stream
+        ends = [factor * length for factor in (1, 2, 4, 8) if factor * length <= len(stream)]
+        if len(ends) < 2:
+            raise UserError(
+                f"expected test text of at least {2 * length} tokens, twice the length, for --positions, "
+                f"got {len(stream)}"
+            )
+        device = "cuda" if self.config.device != "cpu" and torch.cuda.is_available() else "cpu"
+        perplexity: dict[str, list[float | None]] = {}
+        for name, model in self._models():
+            taken = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None) or ends[-1]
+            within = [end for end in ends if end <= taken]
+            perplexity[name] = [None] * len(ends)
+            if within:
+                plain = PlainLanguageModel(model).to(device).eval()
+                losses = loss_by_position(plain, stream, within[-1], self.tokens.size, device)
+                starts = [1, *within[:-1]]  # nothing comes before the first token
+                for index, (start, end) in enumerate(zip(starts, within, strict=True)):
+                    perplexity[name][index] = math.exp(losses[start - 1 : end - 1].mean())
+        return Positions(ends, perplexity)
 
     def _models(self) -> Iterator[tuple[str, nn.Module]]:
         """The teacher, where there is one, and the students that have been trained."""

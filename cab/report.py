@@ -62,6 +62,19 @@ class Recall(NamedTuple):
     accuracy: dict[str, list[float | None]]
 
 
+class Positions(NamedTuple):
+    """Perplexity against the position in a sequence.
+
+    Attributes:
+        ends: of the ranges of positions, each of which begins where the one before it ends; the first one is the length
+            that was learnt.
+        perplexity: of each model, for each range; None where the sequence is longer than the model takes.
+    """
+
+    ends: list[int]
+    perplexity: dict[str, list[float | None]]
+
+
 def table(measure: Measure, rows: Sequence[Row]) -> str:
     """The rows as aligned text; '-' where an arm has no such figure, and no column for what no arm has."""
     columns = {
@@ -81,6 +94,13 @@ def recall_table(recall: Recall) -> str:
     accuracy: dict[str, list[float | None]] = {**recall.accuracy, "chance": [1 / pairs for pairs in recall.pairs]}
     rows = [(name, *(_figure(share, ".1%") for share in shares)) for name, shares in accuracy.items()]
     return _aligned([("recall of pairs", *map(str, recall.pairs)), *rows])
+
+
+def positions_table(positions: Positions) -> str:
+    """A line for each model, a column for each range of positions."""
+    ranges = [f"{start}-{end}" for start, end in zip([0, *positions.ends], positions.ends, strict=False)]
+    rows = [(name, *(_figure(value, ".3f") for value in values)) for name, values in positions.perplexity.items()]
+    return _aligned([("perplexity at positions", *ranges), *rows])
 
 
 def _aligned(lines: Sequence[tuple[str, ...]]) -> str:

@@ -27,7 +27,7 @@ from cab.distill.task import DistillationTask
 from cab.files import write_whole
 from cab.recipe import Batch
 from cab.refusal import refused
-from cab.report import ACCURACY, PERPLEXITY, Measure, Recall, Row, plot, plot_similarity, table
+from cab.report import ACCURACY, PERPLEXITY, Measure, Positions, Recall, Row, plot, plot_similarity, table
 from cab.settings import CONFIG, of_arm, of_run, to_yaml
 from cab.trainer import Outcome, TaskTrainer
 
@@ -125,6 +125,22 @@ def measure_recall(folder: Path, data: str | None = None, length: int | None = N
     return found
 
 
+def measure_positions(folder: Path, data: str | None = None, length: int | None = None) -> Positions:
+    """Measure perplexity up to 8 times the length that was learnt, and keep it as ``positions.json``.
+
+    Args:
+        folder: of the run.
+        data: as for :func:`evaluate`.
+        length: that counts as learnt, in place of ``data.length``.
+
+    Raises:
+        UserError: not the folder of a run on text, or less held-out text than twice the length.
+    """
+    found = _run(_with_data(folder, data, length), folder).positions()
+    write_whole(folder / "positions.json", json.dumps(found._asdict()) + "\n")
+    return found
+
+
 def _with_data(folder: Path, data: str | None, length: int | None = None) -> RunConfig:
     config: Any = of_run(folder)
     on_text = isinstance(config, LanguageConfig)
@@ -219,6 +235,10 @@ class Run(ABC):
     def recall(self) -> Recall:
         """How well the teacher, and every student whose arm has ended, recall pairs from their context."""
         raise UserError(f"expected a run on text for --mqar, got one on images in {self.folder}")
+
+    def positions(self) -> Positions:
+        """Of the teacher, and every student whose arm has ended, the perplexity against the position."""
+        raise UserError(f"expected a run on text for --positions, got one on images in {self.folder}")
 
     def distill(self, say: Say) -> list[Row]:
         arms = {name: of_arm(self.config, name) for name in self.config.arms}

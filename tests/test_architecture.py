@@ -43,6 +43,7 @@ TOP = {"cab", "cab.__main__", "cab.build", "cab.cli", "cab.graphed", "cab.report
     "cab.callbacks",
     "cab.export",
     "cab.language_run",
+    "cab.positions",
     "cab.recall",
     "cab.recipe",
     "cab.run",

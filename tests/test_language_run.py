@@ -126,6 +126,40 @@ def test_recall_of_sequences_too_short(finished: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().err.startswith(f"cab eval: {expected}, got 15 and ")
 
 
+def test_perplexity_against_the_position(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand, for up to eight times the length: 200 tokens hold one sequence of 128."""
+    from cab.data.language import load
+    from cab.settings import of_run
+
+    assert main(["eval", str(finished), "--positions"]) == 0
+    lines = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    saved = json.loads((finished / "positions.json").read_text())
+    (finished / "positions.json").unlink()
+    assert (lines[0].split()[3:], saved["ends"]) == (["0-16", "16-32", "32-64", "64-128"], [16, 32, 64, 128])
+    assert list(saved["perplexity"]) == ["teacher", "soft-kd-a0", "cab"]
+    sequence = load(of_run(finished).data).test.stream[:128].long()
+    model = AutoModelForCausalLM.from_pretrained(finished / "cab" / "student")
+    with torch.no_grad():
+        losses = nn.functional.cross_entropy(model(sequence[None]).logits[0, :-1, :257], sequence[1:], reduction="none")
+    by_hand = [losses[:15], losses[15:31], losses[31:63], losses[63:]]
+    assert saved["perplexity"]["cab"] == pytest.approx([part.mean().exp().item() for part in by_hand], rel=1e-4)
+    assert lines[-1].split() == ["cab", *(f"{value:.3f}" for value in saved["perplexity"]["cab"])]
+
+
+def test_positions_that_the_text_or_the_teacher_does_not_reach(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["eval", str(finished), "--positions", "--length", "101"]) == 2
+    expected = "expected test text of at least 202 tokens, twice the length, for --positions, got 200"
+    assert capsys.readouterr().err.splitlines()[-1] == f"cab eval: {expected}"
+    short = make("gpt2", vocab_size=264, n_positions=40)
+    monkeypatch.setattr("cab.language_run.LanguageRun.teacher_model", lambda *args: short)
+    assert main(["eval", str(finished), "--positions"]) == 0
+    teacher = capsys.readouterr().out.split("\n\n")[1].splitlines()[1].split()
+    assert (teacher[0], teacher[3:]) == ("teacher", ["-", "-"])
+    (finished / "positions.json").unlink()
+
+
 def test_the_student_stands_alone_and_generates(finished: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(finished / "cab" / "student")
     assert type(model).__name__ == "MambaForCausalLM"
