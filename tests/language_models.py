@@ -48,6 +48,7 @@ _BLOOM = {"n_layer": 2, "n_head": 4}
 _HEADED = {"num_attention_heads": 4, "intermediate_size": 40, "max_position_embeddings": 64}
 _TEACHERS = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "phi", "phi3", "olmo2", "smollm3", "cohere", "granite"), _LLAMA),
+    **dict.fromkeys(("stablelm", "starcoder2"), _LLAMA),
     **dict.fromkeys(("qwen3", "gemma", "gemma2", "gemma3_text"), {**_LLAMA, "head_dim": 8}),
     "gpt2": _GPT,
     "gptj": {**_GPT, "rotary_dim": 4},
@@ -62,6 +63,9 @@ _TEACHERS = {
     },
     "bloom": _BLOOM,
     "falcon": {"num_attention_heads": 4},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+    "xglm": {"d_model": 32, "attention_heads": 4, "num_layers": 2, "ffn_dim": 40},
+    "gpt_neox_japanese": {"num_attention_heads": 4, "intermediate_multiple_size": 1},
     "gpt_oss": {**_LLAMA, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
 }
 

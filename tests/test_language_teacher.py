@@ -6,17 +6,17 @@ from torch import Tensor, nn
 from cab.teachers.huggingface import HuggingFaceTeacher
 
 # Scale of the scores where it is not 1 / sqrt(head_dim) = 8 ** -0.5.
-SCALES = {"opt": 1.0, "gpt_neo": 1.0, "granite": 1.0, "gemma2": 1 / 16, "gemma3_text": 1 / 16}
+SCALES = {"opt": 1.0, "xglm": 1.0, "gpt_neo": 1.0, "granite": 1.0, "gemma2": 1 / 16, "gemma3_text": 1 / 16}
 # Heads of K where they are fewer than the four of Q.
 KEY_HEADS = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "olmo2", "smollm3", "cohere", "granite"), 2),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "gpt_oss"), 2),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "gpt_oss", "stablelm", "starcoder2"), 2),
     "falcon": 1,
 }
 # Those whose scores are more than scale * Q K^T: biased by distance, capped, or joined by a sink.
-OTHER_SCORES = ("bloom", "gemma2", "gpt_oss")
+OTHER_SCORES = ("bloom", "mpt", "gemma2", "gpt_oss")
 # Those that positions do not keep packed documents apart in, falcon before transformers 5.24.
-CROSSING = ("opt", "bloom", "gpt_oss", "falcon")
+CROSSING = ("opt", "bloom", "gpt_oss", "falcon", "mpt", "xglm")
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gpt2", "opt", "gpt_neox", "gemma", "gemma2", "gemma3_text"),
     *(
@@ -30,6 +30,11 @@ FAMILIES = (
         "codegen",
         "bloom",
         "falcon",
+        "mpt",
+        "xglm",
+        "gpt_neox_japanese",
+        "stablelm",
+        "starcoder2",
     ),
 )
 
@@ -80,6 +85,47 @@ def test_q_and_k_are_those_of_the_scores(family: str) -> None:
         torch.testing.assert_close(
             scores.masked_fill(future, -torch.inf).softmax(-1), maps[layer], rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("family", OTHER_SCORES)
+def test_q_and_k_are_the_projections_by_hand(family: str) -> None:
+    """Of the first layer, where the scores are more than their product: projected, split, and rotated where it is."""
+    teacher, (ids, _) = HuggingFaceTeacher(make(family)), batch()
+    backbone = teacher.model.base_model
+    block = getattr(backbone, {"bloom": "h", "mpt": "blocks"}.get(family, "layers"))[0]
+    attention = getattr(block, {"bloom": "self_attention", "mpt": "attn"}.get(family, "self_attn"))
+    inputs: list[Tensor] = []
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    _, query, key = layers_of(teacher, ids)[0]
+    (hidden,) = inputs
+    if family == "bloom":  # of each head Q, K and V
+        by_hand = attention.query_key_value(hidden).unflatten(-1, (4, 3, 8)).unbind(-2)[:2]
+    elif family == "mpt":
+        by_hand = [part.unflatten(-1, (4, 8)) for part in attention.Wqkv(hidden).chunk(3, dim=-1)[:2]]
+    else:
+        cos, sin = (table[..., None, :4] for table in backbone.rotary_emb(hidden, torch.arange(9)[None]))
+        by_hand = []
+        for projection in (attention.q_proj, attention.k_proj):
+            first, second = projection(hidden).unflatten(-1, (-1, 8)).chunk(2, dim=-1)
+            by_hand.append(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
+    for got, expected in zip((query, key), by_hand, strict=True):
+        torch.testing.assert_close(got, expected.transpose(1, 2), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["bamba", "mamba2"])
+def test_models_that_lack_attention_in_a_layer_are_refused_by_name(family: str) -> None:
+    reason = {"bamba": "expected Q and K of 3 layers, got 1", "mamba2": "it has no attention heads"}[family]
+    with pytest.raises(ValueError, match=f"cannot read Q and K of {type(make(family)).__name__}: {reason}"):
+        HuggingFaceTeacher(make(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_many_tokens_as_a_head_is_wide(family: str) -> None:
+    """The weighted sum of the values is then as square as the scores, and was counted as a layer of its own."""
+    seen = layers_of(HuggingFaceTeacher(make(family)), batch()[0][:, :8])
+    assert [layer for layer, _, _ in seen] == [0, 1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -35,8 +35,8 @@ class WrittenOutCalls(TorchFunctionMode):
     """Shows Q and K of each self-attention that is written out as softmax(Q K^T) V.
 
     A product of (..., tokens, head_dim) with (..., head_dim, tokens) is taken for the scores; the next product whose
-    left operand has the shape of these scores is the weighted sum of the values, and is passed over. Heads that are
-    folded into the batch are unfolded.
+    left operand has the shape of these scores, folded or not, is the weighted sum of the values, and is passed over.
+    Heads that are folded into the batch are unfolded.
 
     Args:
         show: called with Q and K of (batch, heads, tokens, head_dim).
@@ -60,7 +60,8 @@ class WrittenOutCalls(TorchFunctionMode):
         return out
 
     def _look(self, left: Tensor, right: Tensor, out: torch.Size) -> None:
-        if left.shape == self.scores:
+        scores = self.scores  # which may have been unfolded meanwhile
+        if scores is not None and left.shape[-2:] == scores[-2:] and left.numel() == scores.numel():
             self.scores = None
         elif len(out) in (3, 4) and out[-2] == out[-1] and left.shape[-1] > 1:  # angles of positions have one axis less
             self.scores = out
