@@ -274,6 +274,32 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pyt
     assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
 
 
+def test_accumulation_gives_the_gradients_of_the_large_batch(tmp_path: Path) -> None:
+    """Of a step on four sequences at once, and on two after two, each sequence with as many predictions."""
+    from cab.language_run import LanguageRun
+    from cab.settings import resolve
+
+    found = []
+    for size, passes in ((4, 1), (2, 2)):
+        settings = [*TINY, "optim.steps=1", f"optim.batch_size={size}", f"optim.accumulation={passes}", "optim.clip=0"]
+        settings.append("bridge.targets=raw")  # standardised ones follow the tokens that were seen before
+        run = LanguageRun(resolve("lm-local", settings=settings), tmp_path)
+        task = run.distillation_task(run.config, run.teacher_model())
+        trainer = TaskTrainer(task, run.config, tmp_path / str(size), run.train, run.test)
+        gradients: dict[str, torch.Tensor] = {}
+        for name, parameter in task.named_parameters():
+            parameter.register_post_accumulate_grad_hook(
+                lambda parameter, name=name, kept=gradients: kept.update({name: parameter.grad.clone()})
+            )
+        trainer.run()
+        found.append(gradients)
+    large, small = found
+    assert large.keys() == small.keys()
+    assert {name.split(".")[0] for name in large} == {"student", "bridges"}
+    for name, gradient in large.items():
+        torch.testing.assert_close(small[name], gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item() + 1e-9)
+
+
 def test_the_loss_is_that_of_the_configuration(tmp_path: Path) -> None:
     from cab.language_run import LanguageRun
     from cab.settings import resolve
