@@ -15,7 +15,6 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from _machine import describe_machine
 
 from cab_kernels import bridge_mse_grouped, bridge_mse_grouped_ref
 
@@ -54,8 +53,8 @@ CASES = {
 class Problem:
     """Inputs of one case; x is a slice of a wider projection, as in a Mamba block, and every second one is reversed."""
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
+    def __init__(self, name: str, case: Case) -> None:
+        self.name, self.case = name, case
         generator = torch.Generator("cuda").manual_seed(0)
 
         def draw(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
@@ -150,21 +149,21 @@ def graphed(problem: Problem, way: Callable[[Problem], torch.Tensor]) -> Callabl
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _announced(pytestconfig: pytest.Config) -> None:
-    with pytestconfig.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n{describe_machine()}")
+def headed(report: Callable[[str], None]) -> None:
+    report("| case | way | launch | ms | times floor | GB | GB without the weights' gradients |")
+    report("|---|---|---|---|---|---|---|")
 
 
 @pytest.fixture(scope="module", params=list(CASES))
 def problem(request: pytest.FixtureRequest) -> Problem:
-    return Problem(CASES[request.param])
+    return Problem(request.param, CASES[request.param])
 
 
 @pytest.fixture(scope="module")
 def checked() -> None:
     """No figures of a kernel that is wrong."""
-    for case in (CASES["DeiT-Tiny to Vim-Tiny, bf16"], CASES["GPT-2"]):
-        small = Problem(case._replace(targets=1, batch=2, length=70))
+    for name in ("DeiT-Tiny to Vim-Tiny, bf16", "GPT-2"):
+        small = Problem(name, CASES[name]._replace(targets=1, batch=2, length=70))
         arguments = ([*small.xs], *small.stacks[0], small.targets[0])
         got = bridge_mse_grouped(*arguments, token_index=small.index)
         want = bridge_mse_grouped_ref(*arguments, token_index=small.index)
@@ -178,11 +177,13 @@ def checked() -> None:
 @pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("launch", ["graph", "eager"])
 @pytest.mark.parametrize("way", [*WAYS, "compiled"])
-def test_forward_and_backward(benchmark, problem: Problem, way: str, launch: str) -> None:
+def test_forward_and_backward(
+    benchmark, problem: Problem, way: str, launch: str, report: Callable[[str], None]
+) -> None:
     run = WAYS.get(way) or torch.compile(stacked)
     step(problem, run)
-    memory = peak(problem, run)
-    weights = sum(weight.nbytes for stack in problem.stacks for weight in stack)
+    memory = peak(problem, run) / 1e9
+    rest = memory - sum(weight.nbytes for stack in problem.stacks for weight in stack) / 1e9
     once = graphed(problem, run) if launch == "graph" else lambda: step(problem, run)
 
     def timed() -> None:
@@ -190,13 +191,9 @@ def test_forward_and_backward(benchmark, problem: Problem, way: str, launch: str
         torch.cuda.synchronize()
 
     benchmark.pedantic(timed, rounds=20, warmup_rounds=3)
-    median = 1e3 * benchmark.stats.stats.median
-    benchmark.extra_info |= {
-        "floor_ms": round(problem.case.floor_ms, 3),
-        "times_floor": round(median / problem.case.floor_ms, 2),
-        "gb": round(memory / 1e9, 3),
-        "gb_without_weight_gradients": round((memory - weights) / 1e9, 3),
-    }
+    ms = 1e3 * benchmark.stats.stats.median
+    name, floor = problem.name, problem.case.floor_ms
+    report(f"| {name} | {way} | {launch} | {ms:.2f} | {ms / floor:.2f} | {memory:.3f} | {rest:.3f} |")
+    benchmark.extra_info |= {"floor_ms": floor, "gb": memory, "gb_without_weight_gradients": rest}
     clear(problem)
     torch.cuda.empty_cache()
-    print(f"\n{way}, {launch}: {median:.2f} ms, {benchmark.extra_info}")

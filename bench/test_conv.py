@@ -17,7 +17,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from _machine import describe_machine
 from torch import Tensor
 
 from cab_kernels import (
@@ -59,21 +58,8 @@ def device_ms(prepare: Callable[[], Callable[[], object]]) -> tuple[float, float
 
 
 @pytest.fixture(scope="module")
-def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Print a line that pytest does not capture."""
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-
-    def write(line: str) -> None:
-        with capture.global_and_fixture_disabled():
-            print(line)
-
-    return write
-
-
-@pytest.fixture(scope="module")
 def copy_bandwidth(report: Callable[[str], None]) -> float:
-    """Bytes a millisecond of a large copy; says first what machine this is, and refuses if the results are wrong."""
-    report(f"\n{describe_machine()}")
+    """Bytes a millisecond of a large copy; refuses first if the results are wrong."""
     check_results()
     source = torch.empty(2**29, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)

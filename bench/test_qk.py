@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from _machine import describe_machine
 
 from cab_kernels import Rope, extract_qk, extract_qk_ref
 
@@ -29,9 +28,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _announced(pytestconfig: pytest.Config) -> None:
-    with pytestconfig.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n{describe_machine()}")
+def headed(report: Callable[[str], None]) -> None:
+    report("| case | what | us | of a copy's speed | TB/s | plain PyTorch us |\n|---|---|---|---|---|---|")
 
 
 def options(kind: str, tokens: int, head_dim: int) -> dict[str, object]:
@@ -68,7 +66,7 @@ def milliseconds(function: Callable[[], object]) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
-def test_packed(benchmark, case: str, kind: str) -> None:
+def test_packed(benchmark, case: str, kind: str, report: Callable[[str], None]) -> None:
     batch, tokens, heads, head_dim = CASES[case]
     source = torch.randn(batch, tokens, 3 * heads * head_dim, device="cuda").bfloat16()
     kwargs = options(kind, tokens, head_dim)
@@ -82,11 +80,7 @@ def test_packed(benchmark, case: str, kind: str) -> None:
     copy = milliseconds(lambda: other.copy_(one))
     ours = milliseconds(lambda: extract_qk(source, num_heads=heads, **kwargs))
     plain = milliseconds(lambda: extract_qk_ref(source, num_heads=heads, **kwargs))
-    benchmark.extra_info |= {
-        "us": round(1e3 * ours, 1),
-        "of_copy": round(copy / ours, 2),
-        "tb_per_s": round(2 * moved / ours / 1e9, 2),
-        "plain_us": round(1e3 * plain, 1),
-    }
+    us, of_copy, rate = 1e3 * ours, copy / ours, 2 * moved / ours / 1e9
+    report(f"| {case} | {kind} | {us:.1f} | {of_copy:.2f} | {rate:.2f} | {1e3 * plain:.1f} |")
+    benchmark.extra_info |= {"us": us, "of_copy": of_copy, "tb_per_s": rate, "plain_us": 1e3 * plain}
     benchmark.pedantic(lambda: extract_qk(source, num_heads=heads, **kwargs), rounds=5)
-    print(f"\n{case}, {kind}: {benchmark.extra_info}")

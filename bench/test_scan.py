@@ -12,7 +12,6 @@ import functools
 import importlib
 import json
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,9 +19,6 @@ import pytest
 import torch
 
 from cab_kernels import bidirectional_selective_scan_fn, selective_scan_fn, selective_scan_ref
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from _machine import describe_machine
 
 RECORDED = json.loads((pathlib.Path(__file__).parent / "recorded" / "selective_scan_h100.json").read_text())
 COPY_BYTES_PER_MS = 3.0e9
@@ -43,18 +39,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Prints a line past pytest's capture, as soon as it is known."""
-
-    def write(line: str) -> None:
-        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            print(line, flush=True)
-
-    write(f"\n{describe_machine()}\nRival, where recorded: {RECORDED['machine']}")
-    write("Times and ratios: replayed as a CUDA graph / launched from Python")
-    write("| shape, dtype, layout | what | ms | rival ms | ratio | definition ms | floor ms | of floor |")
-    write("|---|---|---|---|---|---|---|---|")
-    return write
+def headed(report: Callable[[str], None]) -> None:
+    report(f"Rival, where recorded: {RECORDED['machine']}")
+    report("Times and ratios: replayed as a CUDA graph / launched from Python")
+    report("| shape, dtype, layout | what | ms | rival ms | ratio | definition ms | floor ms | of floor |")
+    report("|---|---|---|---|---|---|---|---|")
 
 
 def make_inputs(batch: int, dim: int, length: int, dstate: int, dtype: torch.dtype, layout: str) -> dict:
