@@ -621,25 +621,27 @@ def _(dout, x, weight, bias, initial_states, seq_idx, silu, reverse, needs_dx, n
     return _empty_gradients(x, weight, bias, initial_states, needs_dx, needs_dweight)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.silu, ctx.reverse = inputs
-    ctx.save_for_backward(*tensors)
+class CausalConv1d(torch.autograd.Function):
+    """``causal_conv1d`` with its gradient."""
 
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, ctx.silu, ctx.reverse = arguments
+        ctx.save_for_backward(*tensors)
+        return causal_conv1d(*arguments)
 
-def _backward(ctx, dout):
-    needs_x, needs_weight, needs_bias, needs_initial, *_ = ctx.needs_input_grad
-    dx, dweight, dbias, dinitial = causal_conv1d_backward(
-        dout, *ctx.saved_tensors, ctx.silu, ctx.reverse, needs_x or needs_initial, needs_weight or needs_bias
-    )
-    return (
-        dx if needs_x else None,
-        dweight if needs_weight else None,
-        dbias if needs_bias else None,
-        dinitial if needs_initial else None,
-        None,
-        None,
-        None,
-    )
-
-
-causal_conv1d.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx, dout):
+        needs_x, needs_weight, needs_bias, needs_initial, *_ = ctx.needs_input_grad
+        dx, dweight, dbias, dinitial = causal_conv1d_backward(
+            dout, *ctx.saved_tensors, ctx.silu, ctx.reverse, needs_x or needs_initial, needs_weight or needs_bias
+        )
+        return (
+            dx if needs_x else None,
+            dweight if needs_weight else None,
+            dbias if needs_bias else None,
+            dinitial if needs_initial else None,
+            None,
+            None,
+            None,
+        )

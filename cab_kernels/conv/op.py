@@ -83,10 +83,11 @@ def causal_conv1d_fn(
         for name, tensor in given.items():
             if tensor is not None:
                 check.dtype(name, tensor, KERNEL_DTYPES)
-        from cab_kernels.conv.kernels import MAX_WIDTH, causal_conv1d
+        from cab_kernels.conv.kernels import MAX_WIDTH, CausalConv1d, causal_conv1d
 
         check.true(width <= MAX_WIDTH, f"weight with at most {MAX_WIDTH} taps for backend 'triton'", width)
-        out = causal_conv1d(x, weight, bias, initial_states, seq_idx, activation is not None, reverse)
+        run = CausalConv1d.apply if torch.is_grad_enabled() else causal_conv1d
+        out = run(x, weight, bias, initial_states, seq_idx, activation is not None, reverse)
     if return_final_states:
         return out, _final_states(x, initial_states, width, reverse)
     return out

@@ -251,39 +251,45 @@ def _(dy, dresidual_out, residual_out, weight, rstd, dx_dtype, dresidual_dtype, 
     return tuple(_empty_gradient(tensor, dtype) for tensor, dtype in shapes)
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, residual, _, _, residual_dtype = inputs
-    y, residual_out, rstd = output
-    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, weight, bias, residual)]
-    ctx.y_dtype = y.dtype
-    ctx.is_x = _is_x(x, residual, residual_dtype)
-    ctx.save_for_backward(x if ctx.is_x else residual_out, weight, rstd)
-    ctx.set_materialize_grads(False)
+class RMSNorm(torch.autograd.Function):
+    """``(y, residual_out)`` of ``rms_norm``, with their gradient."""
 
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, eps, y_dtype, residual_dtype):
+        y, residual_out, rstd = rms_norm(x, weight, bias, residual, eps, y_dtype, residual_dtype)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, weight, bias, residual)]
+        ctx.y_dtype = y.dtype
+        ctx.is_x = _is_x(x, residual, residual_dtype)
+        ctx.save_for_backward(x if ctx.is_x else residual_out, weight, rstd)
+        ctx.set_materialize_grads(False)
+        return y, residual_out
 
-def _backward(ctx, dy, dresidual_out, _):
-    residual_out, weight, rstd = ctx.saved_tensors
-    if dy is None:
-        dy = residual_out.new_zeros(residual_out.shape, dtype=ctx.y_dtype)
-    wanted = [dtype if needs else None for dtype, needs in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
-    dx_dtype, dweight_dtype, dbias_dtype, dresidual_dtype = wanted
-    once = dx_dtype == dresidual_dtype  # the same numbers
-    dx, dresidual, dweight, dbias = rms_norm_backward(
-        dy,
-        None if ctx.is_x else dresidual_out,
-        residual_out,
-        weight,
-        rstd,
-        dx_dtype,
-        None if once else dresidual_dtype,
-        dweight_dtype,
-        dbias_dtype,
-    )
-    gradients = (dx, dweight, dbias, dx if once else dresidual)
-    return *(None if dtype is None else grad for dtype, grad in zip(wanted, gradients, strict=True)), None, None, None
-
-
-rms_norm.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx, dy, dresidual_out):
+        residual_out, weight, rstd = ctx.saved_tensors
+        if dy is None:
+            dy = residual_out.new_zeros(residual_out.shape, dtype=ctx.y_dtype)
+        wanted = [dtype if needs else None for dtype, needs in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
+        dx_dtype, dweight_dtype, dbias_dtype, dresidual_dtype = wanted
+        once = dx_dtype == dresidual_dtype  # the same numbers
+        dx, dresidual, dweight, dbias = rms_norm_backward(
+            dy,
+            None if ctx.is_x else dresidual_out,
+            residual_out,
+            weight,
+            rstd,
+            dx_dtype,
+            None if once else dresidual_dtype,
+            dweight_dtype,
+            dbias_dtype,
+        )
+        gradients = (dx, dweight, dbias, dx if once else dresidual)
+        return (
+            *(None if dtype is None else grad for dtype, grad in zip(wanted, gradients, strict=True)),
+            None,
+            None,
+            None,
+        )
 
 
 def add_rms_norm(
@@ -296,5 +302,6 @@ def add_rms_norm(
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """(y, residual_out) of :func:`cab_kernels.rms_norm_fn`."""
-    y, residual_out, _ = rms_norm(x, weight, bias, residual, eps, y_dtype, residual_dtype)
+    run = RMSNorm.apply if torch.is_grad_enabled() else rms_norm
+    y, residual_out, *_ = run(x, weight, bias, residual, eps, y_dtype, residual_dtype)
     return y, x if _is_x(x, residual, residual_dtype) else residual_out

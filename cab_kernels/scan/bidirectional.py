@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -114,9 +114,12 @@ def bidirectional_selective_scan_fn(
             check.dtype(f"{name}[1]", pair[1], (pair[0].dtype,))
     if z is not None:
         check.dtype("z", z, KERNEL_DTYPES)
-    from cab_kernels.scan.bidirectional_kernels import bidirectional_selective_scan
+    from cab_kernels.scan.bidirectional_kernels import BidirectionalSelectiveScan, bidirectional_selective_scan
 
-    tensors = [z, *(tensor for pair in pairs.values() for tensor in pair or ())]
-    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    u, delta, A, B, C, D, delta_bias = ([] if pair is None else list(pair) for pair in pairs.values())
-    return bidirectional_selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, keep)[0]
+    inputs: list[Any] = [[] if pair is None else list(pair) for pair in pairs.values()]
+    inputs.insert(-1, z)
+    counts = tuple(len(given) if isinstance(given, list) else None for given in inputs)
+    tensors = [tensor for given in inputs for tensor in (given if isinstance(given, list) else [given])]
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return BidirectionalSelectiveScan.apply(delta_softplus, counts, *tensors)
+    return bidirectional_selective_scan(*inputs, delta_softplus, False)[0]

@@ -5,8 +5,6 @@ from torch import Tensor
 
 from cab_kernels.scan.kernels import new_gradients, new_results, selective_scan_bwd, selective_scan_fwd
 
-INPUTS = 8  # u, delta, A, B, C, D, z, delta_bias
-
 
 def _by_channel(tensor: Tensor) -> Tensor:
     """The activation with channels side by side in memory, as the launch of both directions reads it."""
@@ -45,8 +43,7 @@ def bidirectional_selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """``bidirectional_selective_scan_fn`` without its checks; D and delta_bias may be empty.
 
-    Second, if ``keep``, states of both directions for backward. It has no default: PyTorch 2.11 counts the gradients of
-    an op of lists by the arguments that differ from theirs.
+    Second, if ``keep``, states of both directions for backward.
     """
     inputs = _as_read(u, delta, A, B, C, D, z, delta_bias)
     outs, _, states = selective_scan_fwd(*inputs, None, None, delta_softplus, False, False, keep)
@@ -94,27 +91,35 @@ def _flat(gradients: list) -> list[Tensor]:
     return [tensor for given in gradients for tensor in (given if isinstance(given, list) else [given])]
 
 
-def _setup_context(ctx, inputs, output):
-    *given, ctx.delta_softplus, _ = inputs
-    ctx.counts = [len(x) if isinstance(x, list) else None for x in given]
-    ctx.save_for_backward(*(tensor for x in given for tensor in (x if isinstance(x, list) else [x])), output[1])
+def _grouped(values, counts) -> list:
+    """The values one by one where a count is None, else so many in a list."""
+    values = iter(values)
+    return [next(values) if count is None else [next(values) for _ in range(count)] for count in counts]
 
 
-def _backward(ctx, dout, _):
-    *tensors, states = ctx.saved_tensors
-    saved = iter(tensors)
-    inputs = [next(saved) if count is None else [next(saved) for _ in range(count)] for count in ctx.counts]
-    wanted = [any(need) if isinstance(need, list) else need for need in ctx.needs_input_grad[:INPUTS]]
-    found = iter(bidirectional_selective_scan_backward(dout, *inputs, states, ctx.delta_softplus, wanted))
+class BidirectionalSelectiveScan(torch.autograd.Function):
+    """``bidirectional_selective_scan`` with its gradient, of its tensors one by one: ``counts`` says how they pair."""
 
-    def gradient_of(given, want):
-        if not want:
-            return [None] * len(given) if isinstance(given, list) else None
-        if not isinstance(given, list):
-            return next(found)
-        return [next(found), next(found)] if given[0].dim() > 2 else list(next(found).unbind())
+    @staticmethod
+    def forward(ctx, delta_softplus, counts, *tensors):
+        out, states = bidirectional_selective_scan(*_grouped(tensors, counts), delta_softplus, True)
+        ctx.delta_softplus, ctx.counts = delta_softplus, counts
+        ctx.save_for_backward(*tensors, states)
+        return out
 
-    return *map(gradient_of, inputs, wanted), None, None
-
-
-bidirectional_selective_scan.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx, dout):
+        *tensors, states = ctx.saved_tensors
+        inputs = _grouped(tensors, ctx.counts)
+        needs = _grouped(ctx.needs_input_grad[2:], ctx.counts)
+        wanted = [any(need) if isinstance(need, list) else need for need in needs]
+        found = iter(bidirectional_selective_scan_backward(dout, *inputs, states, ctx.delta_softplus, wanted))
+        gradients: list[Tensor | None] = []
+        for given, want in zip(inputs, wanted, strict=True):
+            if not isinstance(given, list):
+                gradients.append(next(found) if want else None)
+            elif not want:
+                gradients += [None] * len(given)
+            else:
+                gradients += [next(found), next(found)] if given[0].dim() > 2 else next(found).unbind()
+        return None, None, *gradients

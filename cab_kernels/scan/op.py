@@ -101,12 +101,15 @@ def selective_scan_fn(
     for name, tensor in given.items():
         if tensor is not None:
             check.dtype(name, tensor, KERNEL_DTYPES)
-    from cab_kernels.scan.kernels import selective_scan
+    from cab_kernels.scan.kernels import SelectiveScan, selective_scan
 
-    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given.values())
-    out, last_state, _ = selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, return_last_state, keep
-    )
+    arguments = (
+        u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, return_last_state,
+    )  # fmt: skip
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given.values()):
+        out, last_state = SelectiveScan.apply(*arguments)
+    else:
+        out, last_state, _ = selective_scan(*arguments, False)
     return (out, last_state) if return_last_state else out
 
 
