@@ -16,13 +16,23 @@ from cab.teachers.huggingface import HuggingFaceTeacher
 STUDENTS = ("mamba", "falcon_mamba", "mamba2", "bamba", "discrete_mamba2")
 
 
-def make_task(student: str = "mamba", teacher: str = "llama", **options: object) -> LanguageTask:
-    """Four layers learn from two; Q of the Llama has four heads, K two."""
+def make_task(
+    student: str = "mamba", teacher: str = "llama", learned: int | None = None, **options: object
+) -> LanguageTask:
+    """Four layers learn from two; Q of the Llama has four heads, K two. ``learned`` are a learned map's layers."""
     student = LanguageStudent(make(student, num_hidden_layers=4))
     teacher = HuggingFaceTeacher(make(teacher, seed=1))
     torch.manual_seed(2)
-    bridges = Bridges(student.mamba_layers, 1, student.d_state, 24, teacher.key_width, teacher.query_width)
+    widths = (teacher.key_width, teacher.query_width)
+    bridges = Bridges(student.mamba_layers, 1, student.d_state, 24, *widths, teacher_layers=learned)
     return LanguageTask(student, teacher, bridges, **options).train()
+
+
+def bridged_mse(stack: nn.Module, index: int, source: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """The loss of one bridge, written out."""
+    inner = nn.functional.silu(source @ stack.w1[index].T + stack.b1[index])
+    residual = inner @ stack.w2[index].T + stack.b2[index] - target.transpose(1, 2).flatten(2)
+    return residual[mask].square().mean()
 
 
 def batch() -> dict[str, Tensor]:
@@ -79,16 +89,12 @@ def test_loss_is_the_formula() -> None:
     student = task.student.logits(hidden)
     following = mask[:, 1:]
 
-    def mse(stack: nn.Module, index: int, x: Tensor, target: Tensor) -> Tensor:
-        inner = nn.functional.silu(x @ stack.w1[index].T + stack.b1[index])
-        residual = inner @ stack.w2[index].T + stack.b2[index] - target.transpose(1, 2).flatten(2)
-        return residual[mask].square().mean()
-
     align = torch.zeros((), dtype=torch.float64)
     for layer, ((B, C),) in enumerate(projections):
         query, key = layers[layer // 2]
         assert (query.shape[1], key.shape[1]) == (4, 2)
-        align += (mse(task.bridges.key, layer, B, key) + mse(task.bridges.query, layer, C, query)) / 4
+        of_key = bridged_mse(task.bridges.key, layer, B, key, mask)
+        align += (of_key + bridged_mse(task.bridges.query, layer, C, query, mask)) / 4
     p, q = ((logits[:, :-1][following] / 3).softmax(-1) for logits in (teacher, student))
     kl = 9 * (q * (q / p).log()).sum(-1).mean()
     ce = nn.functional.cross_entropy(student[:, :-1][following], ids[:, 1:][following])
@@ -102,26 +108,43 @@ def test_loss_is_the_formula() -> None:
     torch.testing.assert_close(result["loss"].double(), 0.5 * kl + 2 * ce + 0.25 * align, rtol=1e-5, atol=0)
 
 
-def test_a_block_that_keeps_attention_meets_no_bridge() -> None:
-    """The others learn from the teacher layers of their places among all blocks, and the mean is over them alone."""
-    task, given = make_task("bamba", weights=LossWeights(kd=0.0)), batch()
+def losses_of_pairs(task: LanguageTask, given: dict[str, Tensor]) -> Tensor:
+    """Of each Mamba block of the hybrid, all but its second, with each teacher layer the alignment: (3, 2)."""
     mask = given["attention_mask"].bool()
     layers: list[tuple[Tensor, Tensor]] = []
     task.teacher(**given, on_layer=lambda layer, query, key: layers.append((query, key)))
     _, projections = task.student.forward_with_projections(**given)
-    losses = []
-    for bridge, (place, teacher) in enumerate(((0, 0), (2, 1), (3, 1))):
-        total = torch.zeros(())
-        for stack, source, target in zip(
-            (task.bridges.query, task.bridges.key), reversed(projections[place][0]), layers[teacher], strict=True
-        ):
-            inner = nn.functional.silu(source @ stack.w1[bridge].T + stack.b1[bridge])
-            residual = inner @ stack.w2[bridge].T + stack.b2[bridge] - target.transpose(1, 2).flatten(2)
-            total = total + residual[mask].square().mean()
-        losses.append(total)
+    assert [len(directions) for directions in projections] == [1, 0, 1, 1]
+    return torch.stack(
+        [
+            bridged_mse(task.bridges.key, bridge, B, key, mask)
+            + bridged_mse(task.bridges.query, bridge, C, query, mask)
+            for bridge, ((B, C),) in enumerate(filter(None, projections))
+            for query, key in layers
+        ]
+    ).view(3, 2)
+
+
+def test_a_block_that_keeps_attention_meets_no_bridge() -> None:
+    """The others learn from the teacher layers of their places among all blocks, and the mean is over them alone."""
+    task, given = make_task("bamba", weights=LossWeights(kd=0.0)), batch()
+    losses = losses_of_pairs(task, given)[torch.arange(3), torch.tensor([0, 1, 1])]
     result = task(**given)
-    torch.testing.assert_close(result["align_layers"], torch.stack(losses).detach(), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(result["loss"], torch.stack(losses).mean(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result["align_layers"], losses.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result["loss"], losses.mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_learned_layer_map_of_a_hybrid_has_a_row_for_each_mamba_block() -> None:
+    task, given = make_task("bamba", learned=2, weights=LossWeights(kd=0.0)), batch()
+    with torch.no_grad():
+        task.bridges.layer_logits.copy_(torch.tensor([[0.0, 1.0], [2.0, 0.0], [-3.0, 1.0]]))
+    losses = (task.bridges.layer_logits.softmax(dim=1) * losses_of_pairs(task, given)).sum(dim=1)
+    result = task(**given)
+    torch.testing.assert_close(result["align_layers"], losses.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result["loss"], losses.mean(), rtol=1e-4, atol=1e-6)
+    (expected,) = torch.autograd.grad(losses.mean(), task.bridges.layer_logits)
+    result["loss"].backward()
+    torch.testing.assert_close(task.bridges.layer_logits.grad, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("student", STUDENTS)
