@@ -78,6 +78,4 @@ def make(family: str, seed: int = 0, **kwargs: object) -> nn.Module:
 
 
 def checkpoint_blocks(model: nn.Module, **options: object) -> None:
-    """Gradient checkpointing, under the name that this version of transformers has for it."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(options or None)
+    model.activation_checkpointing_enable(options or None)
