@@ -38,11 +38,13 @@ class Alignment:
     softmax(layer_logits)[l]: T times the work.
 
     Args:
-        bridges: phi, for every Mamba layer and direction, and the learned layer map where there is one.
+        bridges: phi, for every Mamba layer and direction, and the learned layer map where there is one, a row for
+            each Mamba layer.
         projections: the student's B and C, a tuple a layer with one entry a direction, none for a layer that keeps
             attention: it has a K and Q of its own, and its alignment is no part of the mean.
         targets: what K and Q are turned into before they are met.
-        layer_map: g, the teacher layer of each student layer; it never goes back. A learned one takes its place.
+        layer_map: g, the teacher layer of each student layer, those that keep attention among them; it never goes
+            back. A learned one takes its place.
         token_index: (length,) the teacher token of each student token, -1 for none; None where they are the same.
         mask: (batch, length) bool, False where a token does not count; None where all count.
 
@@ -63,15 +65,17 @@ class Alignment:
         self.token_index = token_index
         self.mask = mask
         aligned = [index for index, directions in enumerate(projections) if directions]
-        groups = [[index for index in aligned if layer_map[index] == layer] for layer in range(max(layer_map) + 1)]
         learned = bridges.layer_logits
-        self.shares = None if learned is None else learned.float().softmax(dim=1)
-        if learned is not None:  # every teacher layer meets all bridges
-            groups = [aligned] * learned.shape[1]
-        self.students = groups
-        counts = [bridges.directions * len(group) for group in (groups if learned is None else groups[:1])]
-        self.key_weights = bridges.key.split(counts)
-        self.query_weights = bridges.query.split(counts)
+        if learned is None:
+            self.shares, turns = None, 1
+            groups = [[index for index in aligned if layer_map[index] == layer] for layer in range(max(layer_map) + 1)]
+        else:  # every teacher layer meets all bridges
+            self.shares, turns = learned.float().softmax(dim=1), learned.shape[1]
+            groups = [aligned]
+        counts = [bridges.directions * len(group) for group in groups]
+        self.students = groups * turns
+        self.key_weights = bridges.key.split(counts) * turns
+        self.query_weights = bridges.query.split(counts) * turns
         self.of_layers: list[Tensor] = []  # (layers,) of each teacher layer that has students
 
     def __call__(self, layer: int, query: Tensor, key: Tensor) -> None:
@@ -79,10 +83,9 @@ class Alignment:
         students = self.students[layer] if layer < len(self.students) else []
         directions = [direction for index in students for direction in self.projections[index]]
         if directions:
-            group = layer if self.shares is None else 0
             sources = [direction.B for direction in directions], [direction.C for direction in directions]
-            keys = self._losses(sources[0], self.key_weights[group], self.targets.key(layer, key, self.mask))
-            queries = self._losses(sources[1], self.query_weights[group], self.targets.query(layer, query, self.mask))
+            keys = self._losses(sources[0], self.key_weights[layer], self.targets.key(layer, key, self.mask))
+            queries = self._losses(sources[1], self.query_weights[layer], self.targets.query(layer, query, self.mask))
             losses = (keys + queries).view(len(students), -1).sum(1)
             self.of_layers.append(losses if self.shares is None else self.shares[:, layer] * losses)
 
