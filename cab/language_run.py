@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from transformers import (
 from transformers import MambaConfig as MambaModelConfig
 from transformers.utils import logging
 
-from cab.config import LanguageConfig, UserError
+from cab.config import LanguageConfig, MambaConfig, UserError
 from cab.data.language import load
 from cab.distill.language import LanguageTask
 from cab.distill.task import DistillationTask, LossWeights
@@ -139,12 +140,9 @@ class LanguageRun(Run):
                 f"expected sequences of at least {4 * PAIRS[0]} tokens and as many as {2 * PAIRS[0]} different ones in "
                 f"the test text for --mqar, got {length} and {len(known)}"
             )
-        device = "cuda" if self.config.device != "cpu" and torch.cuda.is_available() else "cpu"
         accuracy: dict[str, list[float | None]] = {}
-        for name, model in self._models():
-            positions = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None) or length
-            plain = PlainLanguageModel(model).to(device).eval()
-            accuracy[name] = [recall(plain, n, known, device) if 4 * n <= positions else None for n in pairs]
+        for name, model, positions in self._models():
+            accuracy[name] = [recall(model, n, known, self.device) if 4 * n <= positions else None for n in pairs]
         return Recall(pairs, accuracy)
 
     def positions(self) -> Positions:
@@ -155,93 +153,62 @@ class LanguageRun(Run):
                 f"expected test text of at least {2 * length} tokens, twice the length, for --positions, "
                 f"got {len(stream)}"
             )
-        device = "cuda" if self.config.device != "cpu" and torch.cuda.is_available() else "cpu"
         perplexity: dict[str, list[float | None]] = {}
-        for name, model in self._models():
-            taken = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None) or ends[-1]
-            within = [end for end in ends if end <= taken]
+        for name, model, positions in self._models():
+            within = [end for end in ends if end <= positions]
             perplexity[name] = [None] * len(ends)
             if within:
-                plain = PlainLanguageModel(model).to(device).eval()
-                losses = loss_by_position(plain, stream, within[-1], self.tokens.size, device)
+                losses = loss_by_position(model, stream, within[-1], self.tokens.size, self.device)
                 starts = [1, *within[:-1]]  # nothing comes before the first token
                 for index, (start, end) in enumerate(zip(starts, within, strict=True)):
                     perplexity[name][index] = math.exp(losses[start - 1 : end - 1].mean())
         return Positions(ends, perplexity)
 
-    def _models(self) -> Iterator[tuple[str, nn.Module]]:
-        """The teacher, where there is one, and the students that have been trained."""
+    def _models(self) -> Iterator[tuple[str, PlainLanguageModel, float]]:
+        """The teacher, where there is one, and the trained students: names, models, how many positions they take."""
         arms = {name: of_arm(self.config, name) for name in self.config.arms}
+        found: Iterable[tuple[str, nn.Module | None]]
+        found = ((name, self.load_student(arm, self.folder / name)) for name, arm in arms.items())
         if any(map(needs_teacher, arms.values())):
-            yield "teacher", self.teacher_model(bool(self.config.teacher.steps))
-        for name, arm in arms.items():
-            student = self.load_student(arm, self.folder / name)
-            if student is not None:
-                yield name, student
+            found = itertools.chain([("teacher", self.teacher_model(bool(self.config.teacher.steps)))], found)
+        for name, model in found:
+            if model is not None:
+                positions = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None)
+                yield name, PlainLanguageModel(model).to(self.device).eval(), positions or math.inf
 
     def _student(self, arm: LanguageConfig, teacher: HuggingFaceTeacher | None) -> LanguageStudent:
         torch.manual_seed(arm.seed)
         with refused(f"expected sizes of a {arm.student.name} model"):
-            student = LanguageStudent(self._mamba(arm))
+            student = LanguageStudent(self._mamba(arm.student))
         if arm.student.from_teacher and teacher is not None:
             start_from_teacher(student.model, teacher.model, proportional(student.num_layers, teacher.num_layers))
         if arm.student.a_init == "zero":
             student.start_at_linear_attention()
         return student
 
-    def _mamba(self, arm: LanguageConfig) -> nn.Module:
-        sizes = arm.student
-        common: dict[str, Any] = {
-            "hidden_size": sizes.width,
-            "num_hidden_layers": sizes.depth,
-            **self._vocabulary(),
-        }
+    def _mamba(self, sizes: MambaConfig) -> nn.Module:
+        common = {"hidden_size": sizes.width, "num_hidden_layers": sizes.depth, **self._vocabulary()}
         if sizes.name == "mamba":
-            return MambaForCausalLM(MambaModelConfig(**common, state_size=sizes.d_state, expand=sizes.expand))
+            config = MambaModelConfig(**common, state_size=sizes.d_state, expand=sizes.expand)
+            return MambaForCausalLM(config)
         heads, rest = divmod(sizes.expand * sizes.width, sizes.head_dim)
         if rest:
             raise ValueError(
                 f"student.expand * student.width = {sizes.expand * sizes.width} is no multiple of "
                 f"student.head_dim = {sizes.head_dim}"
             )
+        if sizes.name == "bamba":
+            return _bamba(sizes, heads, common)
+        common |= {
+            "num_heads": heads,
+            "head_dim": sizes.head_dim,
+            "n_groups": sizes.groups,
+            "state_size": sizes.d_state,
+        }
         if sizes.name == "mamba2":
-            return Mamba2ForCausalLM(
-                Mamba2Config(
-                    **common,
-                    state_size=sizes.d_state,
-                    expand=sizes.expand,
-                    num_heads=heads,
-                    head_dim=sizes.head_dim,
-                    n_groups=sizes.groups,
-                )
-            )
-        if sizes.name == "discrete_mamba2":
-            return DiscreteMamba2ForCausalLM(
-                DiscreteMamba2Config(
-                    **common,
-                    state_size=sizes.d_state,
-                    num_heads=heads,
-                    head_dim=sizes.head_dim,
-                    n_groups=sizes.groups,
-                    intermediate_size=sizes.mlp or _mlp_width(sizes.width),
-                )
-            )
-        return BambaForCausalLM(
-            BambaConfig(
-                **common,
-                attn_layer_indices=attention_blocks(sizes.attention, sizes.depth),
-                num_attention_heads=sizes.heads,
-                num_key_value_heads=sizes.key_heads or sizes.heads,
-                head_dim=sizes.attention_dim or sizes.width // sizes.heads,
-                intermediate_size=sizes.mlp or _mlp_width(sizes.width),
-                tie_word_embeddings=True,
-                mamba_d_state=sizes.d_state,
-                mamba_expand=sizes.expand,
-                mamba_n_heads=heads,
-                mamba_d_head=sizes.head_dim,
-                mamba_n_groups=sizes.groups,
-            )
-        )
+            return Mamba2ForCausalLM(Mamba2Config(**common, expand=sizes.expand))
+        mlp = sizes.mlp or _mlp_width(sizes.width)
+        return DiscreteMamba2ForCausalLM(DiscreteMamba2Config(**common, intermediate_size=mlp))
 
     def _vocabulary(self) -> dict[str, int | None]:
         end = self.tokens.end
@@ -250,6 +217,25 @@ class LanguageRun(Run):
     def _save(self, model: nn.Module, folder: Path) -> None:
         cast(Any, model).save_pretrained(folder)
         self.tokens.save(folder)
+
+
+def _bamba(sizes: MambaConfig, heads: int, common: Mapping[str, Any]) -> nn.Module:
+    return BambaForCausalLM(
+        BambaConfig(
+            **common,
+            attn_layer_indices=attention_blocks(sizes.attention, sizes.depth),
+            num_attention_heads=sizes.heads,
+            num_key_value_heads=sizes.key_heads or sizes.heads,
+            head_dim=sizes.attention_dim or sizes.width // sizes.heads,
+            intermediate_size=sizes.mlp or _mlp_width(sizes.width),
+            tie_word_embeddings=True,
+            mamba_d_state=sizes.d_state,
+            mamba_expand=sizes.expand,
+            mamba_n_heads=heads,
+            mamba_d_head=sizes.head_dim,
+            mamba_n_groups=sizes.groups,
+        )
+    )
 
 
 def _mlp_width(width: int) -> int:

@@ -196,6 +196,11 @@ class Run(ABC):
         self.folder = folder
         self.writes = processes.rank() == 0
 
+    @property
+    def device(self) -> str:
+        """Where a model is measured without a trainer."""
+        return "cuda" if self.config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
     @abstractmethod
     def describe(self) -> str:
         """A line about the data."""

@@ -83,12 +83,11 @@ class VisionRun(Run):
                 continue
             teacher = TimmTeacher(self.teacher_model(trained))
             task = VisionTask(cast(ImageStudent, student), teacher, layer_map=self._layer_map(student, teacher)).eval()
-            task.to("cuda" if self.config.device != "cpu" and torch.cuda.is_available() else "cpu")
-            device = task.token_index.device
+            task.to(self.device)
             parts = [
-                (len(batch["images"]), attention_similarity(task, batch["images"].to(device))) for batch in batches
+                (len(batch["images"]), attention_similarity(task, batch["images"].to(self.device))) for batch in batches
             ]
-            weights = torch.tensor([float(count) for count, _ in parts], device=device)
+            weights = torch.tensor([float(count) for count, _ in parts], device=self.device)
             found[name] = (weights @ torch.stack([part for _, part in parts]) / weights.sum()).tolist()
         if not found:
             raise UserError(f"expected a trained student in {self.folder}, got none")
