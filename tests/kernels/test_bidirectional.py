@@ -133,7 +133,7 @@ REFUSED = {
     "three": ({"A": [torch.zeros(4, 3)] * 3}, TypeError, "expected A to be a pair of tensors, got 3 of them"),
     "shape": ({"delta": [torch.zeros(2, 4, 5), torch.zeros(2, 4, 6)]}, ValueError, r"delta\[1\]"),
     "constant-B": ({"B": [torch.zeros(4, 3)] * 2}, ValueError, r"B\[0\]"),
-    "gate": ({"z": torch.zeros(2, 5, 5)}, ValueError, "z"),
+    "gate": ({"z": torch.zeros(2, 5, 5)}, ValueError, "expected z "),
 }
 
 
@@ -141,6 +141,17 @@ REFUSED = {
 def test_bad_input_is_refused(changed, error, text):
     with pytest.raises(error, match=f"bidirectional_selective_scan_fn: .*{text}"):
         bidirectional_selective_scan_fn(**pairs(**changed))
+
+
+def test_a_pair_of_two_dtypes_is_refused_on_the_kernels(device):
+    pytest.importorskip("triton")
+    inputs = pairs(z=torch.zeros(2, 4, 5))
+    inputs["delta"][1] = inputs["delta"][1].half()
+    on_device = {
+        name: [x.to(device) for x in given] if name != "z" else given.to(device) for name, given in inputs.items()
+    }
+    with pytest.raises(TypeError, match=r"bidirectional_selective_scan_fn: expected delta\[1\] .*float32"):
+        bidirectional_selective_scan_fn(**on_device, backend="triton")
 
 
 def test_complex_a_is_refused():
