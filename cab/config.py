@@ -226,7 +226,7 @@ class DecoderConfig(Section):
 
 @dataclass(frozen=True)
 class MambaConfig(Section):
-    """The student: a Mamba or Mamba-2 language model of transformers, or a hybrid of Mamba-2 and attention."""
+    """The student: a Mamba language model, a Mamba-2, a hybrid of Mamba-2 and attention, or a discrete Mamba-2."""
 
     _prefix = "student."
 

@@ -1,4 +1,4 @@
-"""Mamba language models of transformers as distillation students: B and C of every layer, with their gradient."""
+"""Mamba language models as distillation students: B and C of every Mamba layer, with their gradient."""
 
 from __future__ import annotations
 
@@ -46,14 +46,13 @@ class PlainLanguageModel(TokenStudent):
 
 
 class LanguageStudent(PlainLanguageModel):
-    """A Mamba or Mamba-2 language model of transformers that yields B and C of every Mamba layer.
+    """A language model with Mamba or Mamba-2 blocks that yields B and C of each of them.
 
     ``MambaForCausalLM`` and ``FalconMambaForCausalLM`` are put on ``cab_kernels``, whose mixers show their B and C.
     ``Mamba2ForCausalLM`` computes as it always does, and so does ``BambaForCausalLM``, which joins Mamba-2 with
     attention. Where mamba_ssm is installed, one fused call of theirs keeps B and C to itself, so they are computed a
-    second time from the output of ``in_proj``: the convolution of their channels. Their state does not start again
-    within a sequence, so packed documents are refused. So they are for ``DiscreteMamba2ForCausalLM``, which shows its B
-    and C itself.
+    second time from the output of ``in_proj``: the convolution of their channels. ``DiscreteMamba2ForCausalLM`` shows
+    its B and C itself. The state of these three does not start again within a sequence: they refuse packed documents.
 
     A block of a hybrid that keeps attention has K and Q already, and yields no B and C.
 
