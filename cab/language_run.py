@@ -161,7 +161,7 @@ class LanguageRun(Run):
                 losses = loss_by_position(model, stream, within[-1], self.tokens.size, self.device)
                 starts = [1, *within[:-1]]  # nothing comes before the first token
                 for index, (start, end) in enumerate(zip(starts, within, strict=True)):
-                    perplexity[name][index] = math.exp(losses[start - 1 : end - 1].mean())
+                    perplexity[name][index] = losses[start - 1 : end - 1].mean().exp().item()
         return Positions(ends, perplexity)
 
     def _models(self) -> Iterator[tuple[str, PlainLanguageModel, float]]:

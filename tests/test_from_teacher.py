@@ -10,6 +10,13 @@ from cab.students.language import LanguageStudent
 FITTING = {"expand": 1, "num_heads": 4, "head_dim": 8, "n_groups": 4, "state_size": 8}
 
 
+def randomise_norms(model: nn.Module) -> None:
+    """Away from 1, which all of them start at."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+
+
 def of_attention(family: str, model: nn.Module, layer: int) -> list[Tensor]:
     """Weights of Q, K, V and O written out for each family, heads one after the other, K and V repeated."""
     if family == "llama":
@@ -71,8 +78,7 @@ def test_discrete_mamba2_starts_as_its_teacher_with_linear_attention() -> None:
     """The whole model: the teacher's blocks, with Q K^T V, causal and without rotation, in the place of attention."""
     sizes = {"num_heads": 4, "head_dim": 8, "n_groups": 4, "state_size": 8, "tie_word_embeddings": False}
     student, teacher = make("discrete_mamba2", **sizes), make("llama", seed=1)
-    for parameter in teacher.parameters():
-        nn.init.uniform_(parameter, 0.5, 1.5) if parameter.dim() == 1 else None
+    randomise_norms(teacher)
     start_from_teacher(student, teacher, [0, 1])
     LanguageStudent(student).start_at_linear_attention()
     ids = torch.randint(48, (2, 19))
@@ -95,8 +101,7 @@ def test_a_block_that_keeps_attention_starts_as_the_teachers_own() -> None:
     sizes = {"mamba_expand": 1, "mamba_d_head": 8, "mamba_n_groups": 4, "mamba_d_state": 8}
     rotary = {"rope_type": "default", "rope_theta": 100.0}
     student, teacher = make("bamba", **sizes), make("llama", seed=1, num_hidden_layers=3, rope_parameters=rotary)
-    for parameter in teacher.parameters():
-        nn.init.uniform_(parameter, 0.5, 1.5) if parameter.dim() == 1 else None
+    randomise_norms(teacher)
     copied = start_from_teacher(student, teacher, [0, 1, 2])
     assert {f"layers.1.attention.{name}" for name in ("query", "key", "value", "out")} <= set(copied)
     assert {f"layers.0.mixer.{name}" for name in ("out_proj", "in_proj.x", "in_proj.B", "in_proj.C")} <= set(copied)
@@ -123,8 +128,7 @@ def test_rms_norms_are_copied_and_others_are_not() -> None:
     student = make("mamba", expand=1)
     for family, expected in (("llama", True), ("gpt2", False), ("gemma", False)):
         teacher = make(family, seed=1)
-        for parameter in teacher.parameters():
-            nn.init.uniform_(parameter, 0.5, 1.5) if parameter.dim() == 1 else None
+        randomise_norms(teacher)
         copied = start_from_teacher(student, teacher, [0, 1])
         assert ({"norm_f", "layers.0.norm", "layers.1.norm"} <= set(copied)) is expected
     # B and C of Mamba are made of the convolved channels, not of the tokens: nothing of the teacher fits.

@@ -44,7 +44,7 @@ class AttentionAlignment:
 
     def __call__(self, layer: int, query: Tensor, key: Tensor) -> None:
         """Meet Q and K (batch, heads, tokens, head_dim) of one teacher layer."""
-        students = [self.projections[index] for index, teacher in enumerate(self.layer_map) if teacher == layer]
+        students = [ways for ways, teacher in zip(self.projections, self.layer_map, strict=True) if teacher == layer]
         if students:
             sources = [of_tokens[:, self.own] for ways in students for way in ways for of_tokens in (way.C, way.B)]
             self.of_layers.append(_Distance.apply(query, key, self.theirs, len(students[0]), *sources))

@@ -30,8 +30,10 @@ def attention_similarity(task: VisionTask, images: Tensor) -> Tensor:
     found: list[Tensor] = []
 
     def compare(layer: int, query: Tensor, key: Tensor) -> None:
-        for index in (index for index, teacher in enumerate(task.layer_map) if teacher == layer):
-            ways = [(way.C[:, own].float(), way.B[:, own].float()) for way in projections[index]]
+        for directions, teacher in zip(projections, task.layer_map, strict=True):
+            if teacher != layer:
+                continue
+            ways = [(way.C[:, own].float(), way.B[:, own].float()) for way in directions]
             products = torch.zeros(3, len(images), device=images.device)
             for rows, of_teacher in teacher_rows(query, key, theirs):
                 of_student, _ = student_rows(ways, rows)
