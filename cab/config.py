@@ -285,7 +285,7 @@ class BridgeConfig(Section):
 
 @dataclass(frozen=True)
 class LossConfig(Section):
-    """What is minimised: kl * KL(teacher || student) + ce * cross-entropy + align(step) * alignment."""
+    """What is minimised: kl * KL(teacher || student) + ce * cross-entropy + align(step) * alignment, or in stages."""
 
     _prefix = "loss."
 
@@ -295,11 +295,13 @@ class LossConfig(Section):
     align: float = _option(1.0, "weight of the alignment, where bridge.enabled", at_least=0)
     schedule: str = _option(
         "constant",
-        "of the alignment's weight: constant, until (then 0), ramp (falls to 0), or adaptive (follows the agreement "
-        "of its gradient with the KL's)",
-        choices=("constant", "until", "ramp", "adaptive"),
+        "of the alignment's weight: constant, until (then 0), ramp (falls to 0), stages (alone, without KL and "
+        "cross-entropy; then 0), or adaptive (follows the agreement of its gradient with the KL's)",
+        choices=("constant", "until", "ramp", "stages", "adaptive"),
     )
-    until: float = _option(1.0, "share of the steps after which until and ramp end", above=0, at_most=1)
+    until: float = _option(
+        1.0, "share of the steps after which until, ramp and the first of the stages end", above=0, at_most=1
+    )
 
 
 @dataclass(frozen=True)
@@ -381,6 +383,8 @@ class Config(Section):
             raise UserError("expected loss.kl, loss.ce or a constant loss.align above 0, got nothing to learn from")
         if self.loss.schedule == "adaptive" and self.bridge.enabled and not self.loss.kl:
             raise UserError("expected loss.kl above 0 for loss.schedule=adaptive, which compares with it, got 0.0")
+        if self.loss.schedule == "stages" and self.loss.until == 1:
+            raise UserError("expected loss.until below 1 for loss.schedule=stages, whose second stage follows, got 1.0")
 
 
 @dataclass(frozen=True)

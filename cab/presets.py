@@ -69,6 +69,7 @@ _IMAGENET = {
 _DEIT_AUGMENTATION = {"data.augment": "rand", "data.mixup": 0.8, "data.cutmix": 1.0, "data.smoothing": 0.1}
 _IMAGENET_EPOCH = 1_281_167  # training images
 _LOW_DATA = {**_IMAGENET, "data.fraction": 0.1}
+_LANGUAGE = {"graph": False, "optim.batch_size": 8, "optim.weight_decay": 0.1}
 _SMALL = {"teacher.name": "deit_small_patch16_224", "student.name": "vim_small_patch16_224"}
 
 
@@ -175,12 +176,21 @@ PRESETS: Mapping[str, Variant] = types.MappingProxyType(
         ),
         "lm": Variant(
             "a Hugging Face decoder teaches a Mamba of 130 M parameters; needs teacher.name, data.path and a GPU",
+            {**_LANGUAGE, "loss.schedule": "until", "loss.until": 0.1},
+            LanguageConfig,
+        ),
+        "lm-stages": Variant(
+            "the paper's two stages: alignment alone on 200 M tokens, then the KL alone on 2,000 M, in steps of 256 "
+            "sequences of 1,024; needs teacher.name, data.path and a GPU",
             {
-                "graph": False,
-                "optim.batch_size": 8,
-                "optim.weight_decay": 0.1,
-                "loss.schedule": "until",
-                "loss.until": 0.1,
+                **_LANGUAGE,
+                "optim.steps": 2_200_000_000 // (256 * 1024),
+                "optim.batch_size": 32,
+                "optim.accumulation": 8,
+                "optim.lr": 2e-5,
+                "optim.warmup": 0.1,
+                "loss.schedule": "stages",
+                "loss.until": 1 / 11,
             },
             LanguageConfig,
         ),

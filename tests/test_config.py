@@ -46,6 +46,10 @@ from cab.settings import flatten, of_arm, of_run, resolve, to_yaml
             "expected loss.kl above 0 for loss.schedule=adaptive, which compares with it, got 0.0",
         ),
         (
+            ["loss.schedule=stages"],
+            "expected loss.until below 1 for loss.schedule=stages, whose second stage follows, got 1.0",
+        ),
+        (
             ["teacher.steps=0"],
             "expected teacher.pretrained, teacher.weights or teacher.steps, got a teacher without any",
         ),
@@ -173,6 +177,15 @@ def test_the_published_recipe_for_all_data_stops_aligning(size: str, name: str, 
     assert (epochs, config.data.fraction) == (pytest.approx(300, rel=1e-5), 1.0)
     assert (config.loss.schedule, config.loss.until * epochs) == ("until", pytest.approx(aligned, rel=1e-4))
     assert (config.teacher.name, config.student.name) == (f"deit_{size}_patch16_224", f"vim_{size}_patch16_224")
+
+
+def test_the_published_stages_of_a_language_model() -> None:
+    config = resolve("lm-stages", data="text", settings=["teacher.name=x"])
+    of_a_step = config.optim.batch_size * config.optim.accumulation * config.data.length
+    aligned = config.optim.steps * config.loss.until
+    assert (config.loss.schedule, config.arms) == ("stages", ("cab",))
+    assert aligned * of_a_step == pytest.approx(200e6, rel=1e-3)
+    assert (config.optim.steps - aligned) * of_a_step == pytest.approx(2e9, rel=1e-3)
 
 
 def test_every_control_is_trained_beside_the_method() -> None:

@@ -224,6 +224,43 @@ def test_no_bridge_is_run_where_the_alignment_weighs_nothing() -> None:
     assert task(**batch()).keys() == {"loss", "kl"}
 
 
+def gradients(task: LanguageTask) -> dict[str, Tensor]:
+    """Of the loss, by the parameters that it reaches."""
+    names, parameters = zip(*task.named_parameters(), strict=True)
+    found = torch.autograd.grad(task(**batch())["loss"], parameters, allow_unused=True)
+    return {name: gradient for name, gradient in zip(names, found, strict=True) if gradient is not None}
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_stages_have_the_gradient_of_the_alignment_and_then_of_the_predictions(student: str) -> None:
+    weights, schedule = LossWeights(kd=0.5, ce=2.0), AlignmentSchedule("stages", weight=3.0, until=0.5)
+    task = make_task(student, weights=weights, schedule=schedule)
+    alignment = make_task(student, weights=LossWeights(kd=0.0), schedule=AlignmentSchedule(weight=3.0))
+    predictions = make_task(student, weights=weights, schedule=AlignmentSchedule(weight=0.0))
+    for step, alone, terms in ((4, alignment, {"align", "align_layers"}), (5, predictions, {"kl", "ce"})):
+        task.advance(step, 10)
+        assert task(**batch()).keys() == {"loss", *terms}
+        got, expected = gradients(task), gradients(alone)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        assert any(name.startswith("bridges.") for name in got) == (step == 4)
+
+
+def test_the_first_stage_is_evaluated_by_its_predictions_too() -> None:
+    task = make_task(schedule=AlignmentSchedule("stages", until=0.5)).eval()
+    result = task(**batch())
+    assert result.keys() == {"loss", "kl", "ce", "align", "align_layers"}
+    assert torch.equal(result["loss"], result["align"])
+    assert task.train().compare_gradients(**batch()).kl_norm > 0
+
+
+def test_a_control_without_bridges_has_one_stage() -> None:
+    task = make_task(schedule=AlignmentSchedule("stages", until=0.5))
+    control = LanguageTask(task.student, task.teacher, schedule=task.schedule)
+    result = control(**batch())
+    assert result.keys() == {"loss", "kl"}
+    assert torch.equal(result["loss"], result["kl"])
+
+
 def test_cross_entropy_alone_needs_no_teacher() -> None:
     model = make("mamba2")
     task = LanguageTask(LanguageStudent(model), weights=LossWeights(kd=0.0, ce=1.0))

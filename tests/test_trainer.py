@@ -122,8 +122,9 @@ class Interrupt(TrainerCallback):
         ("loss.schedule=ramp",),
         ("loss.schedule=adaptive", "bridge.targets=standardised", "optim.accumulation=2"),
         ("bridge.layer_map=learned",),
+        ("loss.schedule=stages", "loss.until=0.7"),
     ],
-    ids=["ramp", "adaptive", "learned layer map"],
+    ids=["ramp", "adaptive", "learned layer map", "stages"],
 )
 def test_an_interrupted_run_ends_like_one_in_one_go(splits: Splits, tmp_path: Path, settings: tuple[str, ...]) -> None:
     config = tiny("custom", *settings)
@@ -229,6 +230,14 @@ def test_the_schedule_moves_with_the_steps(splits: Splits, tmp_path: Path) -> No
     assert [entry["align_weight"] for entry in entries] == [2, 2, 2, 0, 0, 0]
     assert ["align" in entry for entry in entries] == [True] * 3 + [False] * 3
     assert "align" not in outcome.test
+
+
+def test_stages_move_with_the_steps(splits: Splits, tmp_path: Path) -> None:
+    made = trainer(tiny("custom", "loss.schedule=stages", "loss.until=0.5", "log_every=1"), splits, tmp_path)
+    made.run()
+    entries = [entry for entry in made.metrics.entries if entry["split"] == "train"]
+    assert [entry["loss"] for entry in entries[:3]] == [pytest.approx(entry["align"]) for entry in entries[:3]]
+    assert [entry["loss"] for entry in entries[3:]] == [pytest.approx(entry["kl"]) for entry in entries[3:]]
 
 
 def test_an_adaptive_weight_is_fed_by_the_trainer(splits: Splits, tmp_path: Path) -> None:

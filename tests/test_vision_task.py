@@ -163,6 +163,20 @@ def test_no_bridge_is_run_where_the_alignment_weighs_nothing() -> None:
     torch.testing.assert_close(result["loss"], result["kl"])
 
 
+def test_stages_have_the_gradient_of_the_alignment_and_then_of_the_kl() -> None:
+    task = make_task(schedule=AlignmentSchedule("stages", weight=3.0, until=0.5))
+    alignment = make_task(weights=LossWeights(kd=0.0), schedule=AlignmentSchedule(weight=3.0))
+    kl = make_task(schedule=AlignmentSchedule(weight=0.0))
+    for step, alone in ((4, alignment), (5, kl)):
+        task.advance(step, 10)
+        got, expected = (
+            torch.autograd.grad(each(images())["loss"], list(each.parameters()), allow_unused=True)
+            for each in (task, alone)
+        )
+        assert 0 < sum(gradient is not None for gradient in got) < len(got)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 def test_adaptive_weight_follows_the_observed_gradients() -> None:
     task = make_task(schedule=AlignmentSchedule("adaptive", weight=2.0))
     agreement = task.compare_gradients(images())

@@ -71,8 +71,8 @@ class LanguageTask(DistillationTask):
             detached: "kl", "ce", "align", and "align_layers", the alignment of each layer. The alignment counts all
             tokens but padding.
         """
-        align = self.alignment_weight > 0
-        return self._weigh(self._terms(input_ids, labels, attention_mask, position_ids, align))
+        align, predict = self.alignment_weight > 0, not (self.training and self.aligns_alone)
+        return self._weigh(self._terms(input_ids, labels, attention_mask, position_ids, align, predict))
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         return {**means, "perplexity": math.exp(min(means["ce"], 700.0))} if "ce" in means else means
@@ -90,7 +90,7 @@ class LanguageTask(DistillationTask):
         position_ids: Tensor | None = None,
     ) -> GradientAgreement:
         """Norms and cosine of the gradients of the KL and of the alignment by the student's parameters."""
-        return self._compare(self._terms(input_ids, labels, attention_mask, position_ids, align=True))
+        return self._compare(self._terms(input_ids, labels, attention_mask, position_ids, align=True, predict=True))
 
     def _terms(
         self,
@@ -99,8 +99,9 @@ class LanguageTask(DistillationTask):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         align: bool,
+        predict: bool,
     ) -> dict[str, Tensor]:
-        """The unweighted terms of the loss."""
+        """The unweighted terms of the loss: the alignment, and those of the predictions, where they are wanted."""
         mask = None if attention_mask is None else attention_mask.bool()
         if labels is None:
             labels = input_ids if mask is None else input_ids.masked_fill(~mask, IGNORED)
@@ -121,9 +122,9 @@ class LanguageTask(DistillationTask):
             labels,
             teacher_hidden=teacher_hidden,
             teacher_head=None if teacher is None else teacher.logits,
-            divergence=self.divergence if self.weights.kd else None,
+            divergence=self.divergence if self.weights.kd and predict else None,
             temperature=self.weights.temperature,
-            ce=bool(self.weights.ce) or not self.training,
+            ce=predict and (bool(self.weights.ce) or not self.training),
             vocab_size=self.vocab_size,
             chunk=self.chunk,
         )

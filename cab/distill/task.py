@@ -44,6 +44,8 @@ class DistillationTask(nn.Module):
 
         loss = kd * KL(teacher || student) + ce * CE + weight(step) * L_align
 
+    In stages, see :class:`cab.distill.schedule.AlignmentSchedule`, KL and CE do not count while the alignment does.
+
     The teacher moves between devices with the task, but is no part of its parameters or of its checkpoints. What a
     batch is, and how the terms are computed on it, is a subclass's.
 
@@ -128,6 +130,11 @@ class DistillationTask(nn.Module):
         """Whether there is an alignment, of whatever weight."""
         return self.bridges is not None
 
+    @property
+    def aligns_alone(self) -> bool:
+        """Whether the alignment is the whole loss at this step."""
+        return self.schedule.kind == "stages" and self.aligns and self.alignment_weight > 0
+
     def no_weight_decay(self) -> set[str]:
         """The parameters that must not be decayed, by their names in the task."""
         spared = {f"student.{name}" for name in self.student.no_weight_decay()}
@@ -160,7 +167,7 @@ class DistillationTask(nn.Module):
 
     def _weigh(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """The "loss", the weighted sum of "kl", "ce" and "align", and those that there are, unweighted and detached."""
-        weights = {"kl": self.weights.kd, "ce": self.weights.ce}
+        weights = {} if self.aligns_alone else {"kl": self.weights.kd, "ce": self.weights.ce}
         weighted = [weights[name] * term for name, term in terms.items() if weights.get(name)]
         if "align" in terms:
             weighted.append(self._alignment_weight * terms["align"])
