@@ -214,12 +214,12 @@ def _distill(options: argparse.Namespace) -> None:
 
 
 def _join(device: str) -> None:
-    """Join the other processes where torchrun has started several, each with a whole copy of student and bridges."""
+    """Join the other processes where a launcher has started several, each with whole copies of all models."""
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         if os.environ.get(name, "false").lower() in ("1", "true", "yes"):
             raise UserError(
-                f"expected torchrun, whose processes hold whole models, got {name}={os.environ[name]}: bridges, "
-                "averaged weights and graphs are not sharded"
+                f"expected torchrun, or accelerate with launch/ddp.yaml, whose processes hold whole models, got "
+                f"{name}={os.environ[name]}: bridges, averaged weights and graphs are not sharded"
             )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         import torch

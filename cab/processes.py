@@ -1,4 +1,4 @@
-"""The processes of a run that torchrun started: which one writes, and what all of them must agree on."""
+"""The processes of a run that a launcher started: which one writes, and what all of them must agree on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def leave() -> None:
 
 
 def count() -> int:
-    """How many there are; 1 without torchrun."""
+    """How many there are; 1 without a launcher."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

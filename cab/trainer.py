@@ -398,6 +398,8 @@ def _arguments(config: RunConfig, folder: Path, aligns: bool) -> TrainingArgumen
         disable_tqdm=True,
         log_level="error",
     )
+    # Trainer would take an unset one from the environment, where accelerate's launcher sets it.
+    arguments.mixed_precision = "bf16" if arguments.bf16 else "no"
     arguments.device  # noqa: B018  settles the number of GPUs, which is then one a process: no DataParallel
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

@@ -159,6 +159,14 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
         trainer(tiny(), splits, tmp_path)
 
 
+def test_the_launcher_s_precision_does_not_replace_the_run_s(
+    splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    made = trainer(tiny("cab", "precision=float32"), splits, tmp_path)
+    assert (made.args.mixed_precision, made.accelerator.mixed_precision) == ("no", "no")
+
+
 def test_accumulation_equals_a_big_batch(splits: Splits, tmp_path: Path) -> None:
     big = trainer(tiny("cab", "optim.batch_size=8"), splits, tmp_path / "big")
     small = trainer(tiny("cab", "optim.batch_size=4", "optim.accumulation=2"), splits, tmp_path / "small")
