@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import cab.distill.attention
+import cab.students.vim  # noqa: F401  registers the students with timm
 from cab.bridge import Bridges
 from cab.distill.attention import AttentionAlignment
 from cab.distill.task import LossWeights
