@@ -5,7 +5,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from cab.students import discrete_mamba2
 from cab.students.discrete_mamba2 import DiscreteMamba2Config, DiscreteMamba2ForCausalLM, discrete_scan
+
+pytestmark = pytest.mark.skipif(not discrete_mamba2.SUPPORTED, reason="needs transformers 5.24")
 
 
 def model(**sizes: object) -> DiscreteMamba2ForCausalLM:
@@ -85,3 +88,9 @@ def test_padding_on_the_left_changes_nothing() -> None:
 def test_groups_that_do_not_divide_the_heads() -> None:
     with pytest.raises(ValueError, match="expected n_groups to divide num_heads=4, got 3"):
         model(n_groups=3)
+
+
+def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discrete_mamba2, "SUPPORTED", False)
+    with pytest.raises(RuntimeError, match="^DiscreteMamba2Model: expected transformers of at least 5.24, got "):
+        model()

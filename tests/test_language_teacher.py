@@ -15,8 +15,8 @@ KEY_HEADS = {
 }
 # Those whose scores are more than scale * Q K^T: biased by distance, capped, or joined by a sink.
 OTHER_SCORES = ("bloom", "mpt", "gemma2", "gpt_oss")
-# Those that positions do not keep packed documents apart in.
-CROSSING = ("opt", "bloom", "gpt_oss", "mpt", "xglm")
+# Those that positions do not keep packed documents apart in, falcon before transformers 5.24.
+CROSSING = ("opt", "bloom", "gpt_oss", "falcon", "mpt", "xglm")
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gpt2", "opt", "gpt_neox", "gemma", "gemma2", "gemma3_text"),
     *(

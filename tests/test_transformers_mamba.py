@@ -4,8 +4,9 @@ import pytest
 import torch
 from language_models import VOCABULARY, make
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Cache
 from transformers.models.mamba import modeling_mamba
+from transformers.utils import ModelOutput
 
 from cab.students import transformers_mamba
 from cab.students.transformers_mamba import use_cab_kernels
@@ -23,6 +24,12 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def both(family: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
     return make(family).to(dtype), use_cab_kernels(make(family).to(dtype))
+
+
+def cache_of(output: ModelOutput) -> dict[str, Cache]:
+    """The argument that goes on from an output; transformers before 5.24 names it differently."""
+    name = "cache" if "cache" in output else "cache_params"
+    return {name: output[name]}
 
 
 def run(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
@@ -72,7 +79,7 @@ def test_a_single_token_that_is_learnt_from_has_its_gradient() -> None:
     ids, _ = batch()
     model = use_cab_kernels(make("mamba"))
     first = model(ids[:, :18], use_cache=True)
-    model(ids[:, 18:], cache=first.cache, use_cache=True).logits.sum().backward()
+    model(ids[:, 18:], **cache_of(first), use_cache=True).logits.sum().backward()
     assert model.backbone.layers[0].mixer.x_proj.weight.grad.any()
 
 
@@ -84,7 +91,7 @@ def test_a_prompt_in_parts_goes_on_from_the_cache(split: int) -> None:
     with torch.no_grad():
         whole = model(ids).logits
         first = model(ids[:, :split], use_cache=True)
-        second = model(ids[:, split:], cache=first.cache, use_cache=True)
+        second = model(ids[:, split:], **cache_of(first), use_cache=True)
     torch.testing.assert_close(torch.cat((first.logits, second.logits), 1), whole, rtol=1e-4, atol=1e-6)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -27,6 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from cab_kernels import causal_conv1d_fn
 
+SUPPORTED = "cache" in BaseModelOutputWithPast.__dataclass_fields__  # its name since transformers 5.24
 _GATE_OF_ONE = 1.2784645  # silu of it is 1
 _RATES = (1e-3, 1e-1)  # of the decay at the start, as the steps of Mamba-2
 
@@ -212,9 +214,17 @@ class DiscreteMamba2PreTrainedModel(PreTrainedModel):
 
 
 class DiscreteMamba2Model(DiscreteMamba2PreTrainedModel):
-    """The blocks between embeddings and last norm."""
+    """The blocks between embeddings and last norm.
+
+    Raises:
+        RuntimeError: transformers is older than 5.24.
+    """
 
     def __init__(self, config: DiscreteMamba2Config) -> None:
+        if not SUPPORTED:
+            raise RuntimeError(
+                f"DiscreteMamba2Model: expected transformers of at least 5.24, got {transformers.__version__}"
+            )
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DiscreteMamba2Block(config, layer) for layer in range(config.num_hidden_layers))

@@ -30,15 +30,20 @@ class _KernelForward(nn.Module):
         hidden_states: Tensor,
         cache: Any = None,
         attention_mask: Tensor | None = None,
+        *,
+        cache_params: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         """Mix (batch, tokens, width); ``attention_mask`` (batch, tokens) is 0 where a token is padding.
 
         In its place may come ``cu_seqlens``, (documents + 1,) int32: the batch is then 1, and state and convolution
         start again at each of these tokens. transformers' Mamba hands its blocks nothing else of what it was given.
+
+        transformers before 5.24 names the model's cache ``cache_params``.
         """
         mixer: Any = self
-        cache = None if cache is None else cache.layers[mixer.layer_idx]
+        caches = cache_params if cache is None else cache
+        cache = None if caches is None else caches.layers[mixer.layer_idx]
         cu_seqlens = None
         if attention_mask is not None and attention_mask.dim() == 1:
             attention_mask, cu_seqlens = None, attention_mask
