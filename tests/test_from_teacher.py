@@ -152,3 +152,14 @@ def test_vocabularies_that_differ_share_their_first_rows() -> None:
     assert {"embeddings", "lm_head"} <= set(copied)
     assert torch.equal(student.lm_head.weight[:48], teacher.lm_head.weight)
     assert torch.equal(student.backbone.embeddings.weight[48:], own)
+
+
+@pytest.mark.parametrize("why", ["quantised", "on the disk"])
+def test_weights_that_are_not_numbers_in_memory_are_refused(why: str) -> None:
+    teacher = make("llama")
+    if why == "quantised":
+        teacher.is_quantized = True
+    else:
+        teacher.lm_head.to("meta")
+    with pytest.raises(ValueError, match="got one that is quantised or partly on the disk"):
+        start_from_teacher(make("mamba2"), teacher, [0, 1])

@@ -1,8 +1,14 @@
+from pathlib import Path
+
 import pytest
 import torch
 from language_models import VOCABULARY, make
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
 
+from cab.distill.language import LanguageTask
+from cab.students.language import LanguageStudent
 from cab.teachers.huggingface import HuggingFaceTeacher
 
 # Scale of the scores where it is not 1 / sqrt(head_dim) = 8 ** -0.5.
@@ -51,6 +57,52 @@ def layers_of(teacher: HuggingFaceTeacher, ids: Tensor, mask: Tensor | None = No
     seen: list[tuple[int, Tensor, Tensor]] = []
     teacher(ids, mask, lambda *layer: seen.append(layer))
     return seen
+
+
+@pytest.mark.parametrize("name", ["is_quantized", "hf_device_map"])
+def test_a_quantised_or_spread_model_stays_as_it_is(name: str) -> None:
+    model = make("llama")
+    setattr(model, name, True)
+    teacher, student = HuggingFaceTeacher(model), LanguageStudent(make("mamba"))
+    task = LanguageTask(student, teacher).double().to("meta")
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float64}
+    assert {parameter.device.type for parameter in student.parameters()} == {"meta"}
+    assert {parameter.dtype for parameter in task.teacher.parameters()} == {torch.float32}
+    assert {parameter.device.type for parameter in task.teacher.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_a_model_that_stays_gives_comes_to_where_the_tokens_are(family: str) -> None:
+    """On tensors without values, which know their device all the same; the model lies on the CPU."""
+    teacher, seen = HuggingFaceTeacher(make(family)), []
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ids = torch.zeros(2, 9, dtype=torch.long, device="cuda")
+        given = [{"attention_mask": torch.ones_like(ids)}]
+        if teacher.packs:
+            given.append({"position_ids": torch.arange(9, device="cuda").expand(2, 9)})
+        for options in given:
+            hidden = teacher(ids, **options, on_layer=lambda layer, *q_and_k: seen.extend(q_and_k))
+            seen.extend((hidden, teacher.logits(hidden)))
+    assert len(seen) == 6 * len(given)
+    assert {tensor.device.type for tensor in seen} == {"cuda"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_whose_weights_lie_on_the_disk_teaches_as_one_in_memory(family: str, tmp_path: Path) -> None:
+    whole = make(family)
+    whole.save_pretrained(tmp_path / "model")
+    parts = ["lm_head", *(f"{whole.base_model_prefix}.{name}" for name, _ in whole.base_model.named_children())]
+    options = {"device_map": dict.fromkeys(parts, "disk"), "offload_folder": str(tmp_path / "disk")}
+    spread = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options)
+    assert spread.get_input_embeddings().weight.is_meta
+    teacher, other = HuggingFaceTeacher(spread), HuggingFaceTeacher(whole)
+    task = LanguageTask(LanguageStudent(make("mamba")), teacher).to("cpu")
+    ids, mask = batch()
+    assert teacher.logits(teacher(ids, mask))[mask.bool()].equal(other.logits(other(ids, mask))[mask.bool()])
+    assert len(layers_of(teacher, ids, mask)) == 2
+    for (_, *got), (_, *expected) in zip(layers_of(teacher, ids, mask), layers_of(other, ids, mask), strict=True):
+        assert all(map(torch.equal, got, expected))
+    assert torch.isfinite(task(ids)["loss"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

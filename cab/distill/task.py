@@ -46,8 +46,8 @@ class DistillationTask(nn.Module):
 
     In stages, see :class:`cab.distill.schedule.AlignmentSchedule`, KL and CE do not count while the alignment does.
 
-    The teacher moves between devices with the task, but is no part of its parameters or of its checkpoints. What a
-    batch is, and how the terms are computed on it, is a subclass's.
+    The teacher moves between devices with the task, unless it stays, but is no part of its parameters or of its
+    checkpoints. What a batch is, and how the terms are computed on it, is a subclass's.
 
     Args:
         student: a Mamba model.

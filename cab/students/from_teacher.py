@@ -43,8 +43,16 @@ def start_from_teacher(student: nn.Module, teacher: nn.Module, layer_map: Sequen
             gated MLPs where their parts are ``gate_proj``, ``up_proj`` and ``down_proj``.
         layer_map: the teacher layer of each student layer.
 
+    Raises:
+        ValueError: the teacher is quantised, or some of its weights are on the disk.
+
     Source: arXiv:2408.15237, section 2 (there for hybrid models).
     """
+    if getattr(teacher, "is_quantized", False) or any(weight.is_meta for weight in teacher.parameters()):
+        raise ValueError(
+            "start_from_teacher: expected a teacher whose weights are in memory as they are, got one that is quantised "
+            "or partly on the disk"
+        )
     copied: list[str] = []
     student_model: Any = student
     teacher_model: Any = teacher

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -30,8 +30,11 @@ class HuggingFaceTeacher(Teacher):
     is settled once, by a forward pass on a few tokens that must show every layer and leave the logits as they were.
     The scale of Q is the family's: OPT, for one, divides it by sqrt(head_dim) before this point, others after.
 
+    A quantised model, and one that ``device_map`` has spread over devices, stays where it is and as it is when the task
+    moves or changes its dtype: tokens go to it, and what it gives comes back to where they were.
+
     Args:
-        model: a causal language model of transformers, on any device, quantised or not.
+        model: a causal language model of transformers, on any device or several, quantised or not.
 
     Attributes:
         max_length: the longest sequence that it takes, None where it states none.
@@ -45,6 +48,7 @@ class HuggingFaceTeacher(Teacher):
     def __init__(self, model: nn.Module) -> None:
         config: Any = model.config
         super().__init__(model, config.name_or_path or type(model).__name__)
+        self._stays = getattr(model, "is_quantized", False) or hasattr(model, "hf_device_map")
         text = config.get_text_config()
         if not getattr(text, "num_attention_heads", None):
             raise self._refusal("it has no attention heads")
@@ -92,14 +96,35 @@ class HuggingFaceTeacher(Teacher):
                 f"HuggingFaceTeacher: {self.name} expected at most {self.max_length} tokens, got {input_ids.shape[1]}"
             )
         decoder: Any = self.model.base_model
-        options = {"attention_mask": attention_mask, "use_cache": False}
+        options: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False}
         if position_ids is not None:  # which not every family takes
             options["position_ids"] = position_ids
-        return self._stream(lambda: decoder(input_ids, **options).last_hidden_state, on_layer)
+        home, there = input_ids.device, self._device
+        options = {name: value.to(there) if isinstance(value, Tensor) else value for name, value in options.items()}
+
+        def bring(layer: int, query: Tensor, key: Tensor) -> None:
+            if on_layer is not None:
+                on_layer(layer, query.to(home), key.to(home))
+
+        hidden = self._stream(
+            lambda: decoder(input_ids.to(there), **options).last_hidden_state, None if on_layer is None else bring
+        )
+        return hidden.to(home)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocabulary) of last hidden states (..., width)."""
-        return logits_of(self.model, hidden)
+        return logits_of(self.model, hidden.to(self._device)).to(hidden.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HuggingFaceTeacher:
+        return self if self._stays else super()._apply(fn, recurse)
+
+    @property
+    def _device(self) -> torch.device:
+        """Where tokens go in. A hook of accelerate knows it where weights are not there until they are needed."""
+        model: Any = self.model
+        embeddings = model.get_input_embeddings()
+        device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+        return embeddings.weight.device if device is None else torch.device(device)
 
     def _settle_tap(self) -> list[tuple[torch.Size, torch.Size]]:
         """Take the first tap that shows all layers and changes nothing, and return the shapes of Q and K."""
@@ -172,8 +197,7 @@ class HuggingFaceTeacher(Teacher):
 
     def _probe_batch(self) -> tuple[Tensor, Tensor]:
         model: Any = self.model
-        device = model.get_input_embeddings().weight.device
-        ids = torch.arange(2 * 7, device=device).view(2, 7) % model.config.get_text_config().vocab_size
+        ids = torch.arange(2 * 7, device=self._device).view(2, 7) % model.config.get_text_config().vocab_size
         mask = torch.ones_like(ids)
         mask[1, :2] = 0
         return ids, mask
