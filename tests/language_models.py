@@ -7,6 +7,26 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cab.students.discrete_mamba2 import SUPPORTED
 
+# Settings of a run on text that takes seconds.
+TINY_RUN = [
+    "device=cpu",
+    "data.limit=30000",
+    "data.held_out=0.4",
+    "data.length=16",
+    "data.test_tokens=200",
+    "teacher.width=16",
+    "teacher.depth=2",
+    "teacher.heads=2",
+    "teacher.key_heads=1",
+    "teacher.steps=2",
+    "student.width=16",
+    "student.depth=2",
+    "student.d_state=4",
+    "bridge.hidden=8",
+    "optim.steps=2",
+    "optim.batch_size=4",
+]
+
 VOCABULARY = 48
 
 _COMMON = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from language_models import make
+from language_models import TINY_RUN, make
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,28 +17,9 @@ from cab.distill.token_losses import Divergence
 from cab.students.discrete_mamba2 import SUPPORTED
 from cab.trainer import TaskTrainer
 
-TINY = [
-    "device=cpu",
-    "data.limit=30000",
-    "data.held_out=0.4",
-    "data.length=16",
-    "data.test_tokens=200",
-    "teacher.width=16",
-    "teacher.depth=2",
-    "teacher.heads=2",
-    "teacher.key_heads=1",
-    "teacher.steps=2",
-    "student.width=16",
-    "student.depth=2",
-    "student.d_state=4",
-    "bridge.hidden=8",
-    "optim.steps=2",
-    "optim.batch_size=4",
-]
-
 
 def distill(*settings: str, preset: str = "lm-local") -> list[str]:
-    return ["distill", "--preset", preset, *(word for setting in (*TINY, *settings) for word in ("--set", setting))]
+    return ["distill", "--preset", preset, *(word for setting in (*TINY_RUN, *settings) for word in ("--set", setting))]
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +264,13 @@ def test_accumulation_gives_the_gradients_of_the_large_batch(tmp_path: Path) -> 
 
     found = []
     for size, passes in ((4, 1), (2, 2)):
-        settings = [*TINY, "optim.steps=1", f"optim.batch_size={size}", f"optim.accumulation={passes}", "optim.clip=0"]
+        settings = [
+            *TINY_RUN,
+            "optim.steps=1",
+            f"optim.batch_size={size}",
+            f"optim.accumulation={passes}",
+            "optim.clip=0",
+        ]
         settings.append("bridge.targets=raw")  # standardised ones follow the tokens that were seen before
         run = LanguageRun(resolve("lm-local", settings=settings), tmp_path)
         task = run.distillation_task(run.config, run.teacher_model())
@@ -307,7 +294,7 @@ def test_the_loss_is_that_of_the_configuration(tmp_path: Path) -> None:
     from cab.settings import resolve
 
     settings = ["loss.divergence=jsd", "loss.beta=0.25", "loss.top_k=3", "loss.temperature=2", "loss.ce=0.5"]
-    run = LanguageRun(resolve("lm-local", settings=[*TINY, *settings]), tmp_path)
+    run = LanguageRun(resolve("lm-local", settings=[*TINY_RUN, *settings]), tmp_path)
     task = run.distillation_task(run.config, run.teacher_model())
     assert task.divergence == Divergence("jsd", 0.25, 3)
     assert task.weights == LossWeights(kd=1.0, ce=0.5, temperature=2.0)

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
+from language_models import TINY_RUN
 
 from cab.cli import main
 
@@ -41,28 +42,7 @@ SETTINGS = [
     "eval_every=3",
     "save_every=3",
 ]
-TEXT = [
-    "device=cpu",
-    "arms=custom",
-    "data.limit=30000",
-    "data.held_out=0.4",
-    "data.length=16",
-    "data.test_tokens=200",
-    "teacher.width=16",
-    "teacher.depth=2",
-    "teacher.heads=2",
-    "teacher.key_heads=1",
-    "teacher.steps=2",
-    "student.width=16",
-    "student.depth=2",
-    "student.d_state=4",
-    "bridge.hidden=8",
-    "loss.schedule=stages",
-    "loss.until=0.5",
-    "optim.steps=4",
-    "optim.batch_size=4",
-    "log_every=2",
-]
+TEXT = [*TINY_RUN, "arms=custom", "loss.schedule=stages", "loss.until=0.5", "optim.steps=4", "log_every=2"]
 
 
 def arguments(folder: Path, settings: Sequence[str]) -> list[str]:

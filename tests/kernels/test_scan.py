@@ -213,6 +213,19 @@ def test_second_derivative_raises(device):
         grad.sum().backward()
 
 
+def test_states_are_kept_for_a_backward_pass_alone(device, monkeypatch):
+    from cab_kernels.scan import kernels
+
+    kept, new_results = [], kernels.new_results
+    monkeypatch.setattr(kernels, "new_results", lambda *given: kept.append(given[-1]) or new_results(*given))
+    inputs = make_inputs(dtype=torch.float32, device=device)
+    triton_scan(**inputs)
+    triton_scan(**{name: tensor.detach() for name, tensor in inputs.items()})
+    with torch.no_grad():
+        triton_scan(**inputs)
+    assert kept == [True, False, False]
+
+
 def positional(inputs: dict[str, Tensor], cu_seqlens: Tensor | None = None) -> list[Tensor | None]:
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
     return [*(inputs.get(name) for name in names), cu_seqlens]
