@@ -22,7 +22,7 @@ from cab_kernels.bridge.matching_kernels import Call, cdiv, gradient_sizes
 
 NEEDS_X, NEEDS_W1, NEEDS_B1, NEEDS_W2, NEEDS_B2 = 1, 2, 4, 8, 16
 FUSED_DTYPES = (torch.bfloat16, torch.float16)  # float32 operands would double every register; cuBLAS does them
-BLOCK, REDUCE_BLOCK = 1024, 256
+BLOCK, REDUCE_BLOCK, REDUCE_SPLITS = 1024, 128, 64
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _bridge_reduce_kernel(
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """Sum one block of a bridge's partial gradients over the splits, in order; the first program makes the loss too.
+    """Sum one block of a bridge's partial gradients over the splits, in order; the last program makes the loss.
 
     Programs are numbered through the inner kernel's and the outer kernel's gradients.
     """
@@ -74,7 +74,7 @@ def _bridge_reduce_kernel(
     if outer_ptr is not None:
         totals_ptr += inner_size
         first = _sum(outer_ptr, totals_ptr, outer_size, outer_splits, size, first, bridge, BLOCK, BLOCK_SPLITS)
-    if tl.program_id(0) == 0:
+    if tl.program_id(0) == tl.num_programs(0) - 1:
         squares = tl.zeros((BLOCK_PARTS,), tl.float64)
         counts = tl.zeros((BLOCK_PARTS,), tl.int64)
         for start in range(0, parts, BLOCK_PARTS):
@@ -356,7 +356,7 @@ def _reduce(call: Call, partials: Partials, totals: torch.Tensor | None) -> tupl
     loss, factor = (squares.new_empty((bridges,)) for _ in range(2))
     sizes = gradient_sizes(call)
     blocks = sum(cdiv(size, REDUCE_BLOCK) for size, part in zip(sizes, (inner, outer), strict=True) if part is not None)
-    _bridge_reduce_kernel[(max(1, blocks), bridges)](
+    _bridge_reduce_kernel[(blocks + 1, bridges)](
         inner,
         outer,
         squares,
@@ -370,7 +370,7 @@ def _reduce(call: Call, partials: Partials, totals: torch.Tensor | None) -> tupl
         squares.shape[1],
         width,
         BLOCK=REDUCE_BLOCK,
-        BLOCK_SPLITS=16,
+        BLOCK_SPLITS=REDUCE_SPLITS,
         BLOCK_PARTS=1024,
         num_warps=4,
         enable_fp_fusion=True,

@@ -66,7 +66,7 @@ def load_target(
     HAS_HEADS: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
 ):
-    """The target's channels ``cols`` of the tokens at ``rows`` in float32, standardised if asked."""
+    """Channels ``cols`` of the target's tokens at ``rows`` in float32, standardised if asked; 0 where not counted."""
     mask = cols < width
     if HAS_HEADS:
         column = (cols // head_dim).to(tl.int64) * stride_head + (cols % head_dim) * stride_dim
@@ -76,7 +76,7 @@ def load_target(
     if HAS_STATISTICS:
         mean = tl.load(mean_ptr + offset_mean + cols, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + offset_mean + cols, mask=mask, other=0.0).to(tl.float32)
-        target = (target - mean[None, :]) * rstd[None, :]
+        target = tl.where(counted[:, None], (target - mean[None, :]) * rstd[None, :], 0.0)
     return target
 
 

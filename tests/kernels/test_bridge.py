@@ -505,7 +505,8 @@ def test_fused_kernels_compile_for_gpus_that_are_not_here(compile_offline):
     gradients = {"NEEDS_X": True, "NEEDS_W1": True}
     streamed = BLOCKS | {"STAGES": 1, "COLUMN_BLOCKS": 0}
     resident = BLOCKS | {"STAGES": 1, "COLUMN_BLOCKS": 3, "BLOCK_TOKENS": 64}
-    outer = BLOCKS | {"STAGES": 1, "BLOCK_TOKENS": 64}
+    outer = BLOCKS | {"STAGES": 1, "COLUMN_BLOCKS": 1, "BLOCK_TOKENS": 64}
+    outer_resident = BLOCKS | {"STAGES": 2, "COLUMN_BLOCKS": 3}
     log = compile_offline(
         [
             spec(FUSED, "_bridge_inner_kernel", FLAGS | streamed | gradients, **tiles),
@@ -519,14 +520,15 @@ def test_fused_kernels_compile_for_gpus_that_are_not_here(compile_offline):
     hopper = [
         spec(FUSED, "_bridge_inner_kernel", nothing | resident | gradients | {"STAGES": 2}, num_warps=4, num_stages=1),
         spec(FUSED, "_bridge_outer_kernel", nothing | outer | {"STAGES": 2}, num_warps=4, num_stages=1),
+        spec(FUSED, "_bridge_outer_kernel", nothing | outer_resident, num_warps=8, num_stages=1),
     ]
-    assert compile_offline([kernel | {"capabilities": [90]} for kernel in hopper]).count("sm_90") == 2
+    assert compile_offline([kernel | {"capabilities": [90]} for kernel in hopper]).count("sm_90") == 3
 
 
 def test_other_kernels_compile_for_gpus_that_are_not_here(compile_offline):
     log = compile_offline(
         [
-            spec(KERNELS, "_bridge_reduce_kernel", {"BLOCK": 256, "BLOCK_SPLITS": 16, "BLOCK_PARTS": 1024}),
+            spec(KERNELS, "_bridge_reduce_kernel", {"BLOCK": 128, "BLOCK_SPLITS": 64, "BLOCK_PARTS": 1024}),
             spec(KERNELS, "_bridge_scale_kernel", {"BLOCK": 1024}),
             spec(CHUNKED, "_chunk_x_kernel", ROWS | {"HAS_MASK": True, "HAS_INDEX": True}),
             spec(CHUNKED, "_chunk_silu_kernel", ROWS),
