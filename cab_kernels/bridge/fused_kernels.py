@@ -38,8 +38,10 @@ import triton.language as tl
 from cab_kernels.bridge.device_kernels import tanh_like
 from cab_kernels.bridge.matching_kernels import (
     Call,
+    Partials,
     cdiv,
     gradient_sizes,
+    is_nvidia_bf16,
     load_target,
     match_tokens,
     matching,
@@ -341,18 +343,6 @@ def weight_blocks(d_state: int, hidden: int) -> tuple[int, int]:
     return max(16, triton.next_power_of_2(d_state)), max(64, triton.next_power_of_2(hidden))
 
 
-class Partials(NamedTuple):
-    """What the programs of a call leave to be summed, (bridges, splits, ...) each; None where nobody needs it.
-
-    Squares and counts hold one number a program; inner and outer a program's gradients of w1 and b1, and of w2 and b2.
-    """
-
-    squares: torch.Tensor
-    counts: torch.Tensor
-    inner: torch.Tensor | None = None
-    outer: torch.Tensor | None = None
-
-
 def bridge_mse_fused(call: Call, dx: torch.Tensor | None, needs_w1: bool, needs_w2: bool) -> Partials:
     """Launch both kernels; write ``dx`` where it is given."""
     bridges, hidden, d_state, width = call.sizes
@@ -393,7 +383,7 @@ def bridge_mse_fused(call: Call, dx: torch.Tensor | None, needs_w1: bool, needs_
         "stride_x_batch": x.stride(0),
         "stride_x_token": x.stride(1),
         "stride_x_state": x.stride(2),
-        "NVIDIA_BF16": x.is_cuda and torch.version.hip is None and x.dtype == torch.bfloat16,
+        "NVIDIA_BF16": is_nvidia_bf16(x),
         "BLOCK_STATE": block_state,
         "BLOCK_HIDDEN": block_hidden,
         "BLOCK_WIDTH": BLOCK_WIDTH,

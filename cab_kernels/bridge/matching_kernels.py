@@ -104,6 +104,19 @@ class Call(NamedTuple):
         return (*self.w1.shape, self.w2.shape[1])
 
 
+class Partials(NamedTuple):
+    """What the programs of a call leave to be summed, (bridges, programs, ...) each; None where nobody needs it.
+
+    Squares and counts hold one number a program; inner and outer a program's gradients of w1 and b1, and of w2 and b2,
+    or of b1 and of b2 alone.
+    """
+
+    squares: torch.Tensor
+    counts: torch.Tensor
+    inner: torch.Tensor | None
+    outer: torch.Tensor | None
+
+
 def cdiv(size: int, block: int) -> int:
     """How many blocks; Triton's own costs microseconds on the host."""
     return -(-size // block)
@@ -113,6 +126,11 @@ def cdiv(size: int, block: int) -> int:
 def processors(device: torch.device) -> int:
     """Multiprocessors of the GPU; a few where the interpreter runs."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def is_nvidia_bf16(x: torch.Tensor) -> bool:
+    """Whether ``tanh_like`` may be the fast one."""
+    return x.is_cuda and torch.version.hip is None and x.dtype == torch.bfloat16
 
 
 def gradient_sizes(call: Call) -> tuple[int, int]:

@@ -172,19 +172,24 @@ SHAPES = [
     pytest.param({"length": 64, "d_state": 16, "hidden": 64, "width": 64, "batch": 1}, id="exactly a block"),
     pytest.param({"length": 140, "d_state": 16, "hidden": 100, "width": 150}, id="three blocks of w2 on chip"),
     pytest.param({"length": 5, "width": 200}, id="more channels than stay in registers"),
+    pytest.param({"length": 150, "d_state": 20, "hidden": 12, "width": 9}, id="hidden narrower than x"),
     pytest.param({"batch": 1, "length": 1, "d_state": 1, "hidden": 1, "width": 1}, id="ones"),
     pytest.param({"length": 0}, id="empty"),
 ]
 
 
-@pytest.fixture(params=["fused", "chunked"])
+@pytest.fixture(params=["fused", "chunked", "chunked in steps"])
 def path(request, monkeypatch, device):
-    """Run float32 bridges, all that the interpreter can do, on chip or in small chunks of tokens."""
+    """Run float32 bridges, all that the interpreter can do, on chip or in small chunks, as small bridges or large."""
     if request.param == "fused" and device == "cuda":
         pytest.skip("a GPU runs float32 in chunks only; TestOnGPU has the rest")
-    kernels = importlib.import_module(KERNELS)
+    kernels, chunked = importlib.import_module(KERNELS), importlib.import_module(CHUNKED)
     monkeypatch.setattr(kernels, "FUSED_DTYPES", (torch.float32,) if request.param == "fused" else ())
-    monkeypatch.setattr(importlib.import_module(CHUNKED), "CHUNK_TOKENS", 64)
+    steps = request.param == "chunked in steps"
+    monkeypatch.setattr(chunked, "CHUNK_TOKENS", 128 if steps else 64)
+    if steps:
+        monkeypatch.setattr(chunked, "BATCHED_WEIGHT", 0)
+        monkeypatch.setattr(chunked, "STEP_BYTES", 0)
     return request.param
 
 
@@ -330,7 +335,7 @@ class TestKernels:
         arguments = ([x], *weights, [target], None, None, None, None, torch.float32, 31)
         torch.library.opcheck(torch.ops.cab_kernels.bridge_mse.default, arguments)
         loss, *saved = kernels._forward(*arguments)
-        sizes = (5, 7, 6, torch.float32, torch.float32)
+        sizes = (weights[0], 6, torch.float32)
         torch.library.opcheck(torch.ops.cab_kernels.bridge_mse_backward.default, (loss, *saved, *sizes, 31))
 
 
@@ -344,9 +349,10 @@ def test_splits_fill_the_gpu():
 
 def test_chunks_are_full_rounds_of_tiles():
     choose = importlib.import_module(CHUNKED).choose_chunk
-    assert choose(32768, 3 * 768 * 2, 768, 132) == 11264  # 88 * 3 tiles of 128 x 256 on 132 multiprocessors
-    assert choose(8192, 3 * 2048 * 2, 2048, 132) == 8192
-    assert choose(0, 100, 16, 132) == 1
+    assert choose(32768, 2 * 768 * 2, 768, 2, 132, False) == (11008, 11008)  # 86 * 3 tiles of 128 x 256: two rounds
+    assert choose(8192, 2 * 2048 * 2, 2048, 2, 132, False) == (8192, 4096)
+    assert choose(25216, 4 * (2 * 128 + 192) * 4, 4 * 192, 4, 132, True) == (13952, 13952)  # as few as may be
+    assert choose(0, 100, 16, 2, 132, False) == (17408, 128)
 
 
 def eager(x, w1, b1, w2, b2, target):
@@ -477,7 +483,7 @@ class TestOnGPU:
 
 FLAGS = {"HAS_MASK": True, "HAS_INDEX": True, "HAS_HEADS": True, "HAS_STATISTICS": True}
 BLOCKS = {"BLOCK_TOKENS": 128, "BLOCK_STATE": 16, "BLOCK_HIDDEN": 128, "BLOCK_WIDTH": 64, "NVIDIA_BF16": True}
-ROWS = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 128}
+ROWS = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64}
 TYPES = {
     "*fp32": "w1 b1 w2 b2 mean rstd partials inner outer squares totals loss factor incoming db1 db2 out_w1 out_b1 "
     "out_w2 out_b2",
@@ -531,9 +537,9 @@ def test_other_kernels_compile_for_gpus_that_are_not_here(compile_offline):
             spec(KERNELS, "_bridge_reduce_kernel", {"BLOCK": 128, "BLOCK_SPLITS": 64, "BLOCK_PARTS": 1024}),
             spec(KERNELS, "_bridge_scale_kernel", {"BLOCK": 1024}),
             spec(CHUNKED, "_chunk_x_kernel", ROWS | {"HAS_MASK": True, "HAS_INDEX": True}),
-            spec(CHUNKED, "_chunk_silu_kernel", ROWS),
-            spec(CHUNKED, "_chunk_residual_kernel", FLAGS | ROWS | {"ROWS": 64}),
-            spec(CHUNKED, "_chunk_slope_kernel", ROWS | {"ROWS": 64}),
+            spec(CHUNKED, "_chunk_silu_kernel", ROWS | {"NVIDIA_BF16": True}),
+            spec(CHUNKED, "_chunk_residual_kernel", FLAGS | ROWS),
+            spec(CHUNKED, "_chunk_slope_kernel", ROWS | {"NVIDIA_BF16": True}),
         ]
     )
     assert log.count("sm_90") == 6
