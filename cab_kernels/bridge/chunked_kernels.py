@@ -228,9 +228,10 @@ def bridge_mse_chunked(
     group = min(bridges, BATCHED_BRIDGES) if small else 1
     walks_back = needs_w1 or kept is not None
     dz_size = 0 if deferred and kept is not None or not walks_back else hidden
+    buffers_size = hidden + width + dz_size + (hidden if small else 0)
     chunk, step = choose_chunk(
         tokens,
-        group * (hidden + dz_size + width) * x.element_size(),
+        group * buffers_size * x.element_size(),
         group * max(hidden, width),
         x.element_size(),
         processors(x.device),
@@ -318,7 +319,7 @@ def choose_chunk(
     """Tokens per chunk and per step: steps whose products' tiles take the fewest rounds on the GPU, as few as may be.
 
     Args:
-        token_bytes: of a chunk's buffers.
+        token_bytes: of the buffers that are as long as a chunk.
         channels: of the widest of them.
         small: whether so little is done at a time that launches matter most: as few chunks as may be, one step each.
     """

@@ -351,7 +351,7 @@ def test_chunks_are_full_rounds_of_tiles():
     choose = importlib.import_module(CHUNKED).choose_chunk
     assert choose(32768, 2 * 768 * 2, 768, 2, 132, False) == (11008, 11008)  # 86 * 3 tiles of 128 x 256: two rounds
     assert choose(8192, 2 * 2048 * 2, 2048, 2, 132, False) == (8192, 4096)
-    assert choose(25216, 4 * (2 * 128 + 192) * 4, 4 * 192, 4, 132, True) == (13952, 13952)  # as few as may be
+    assert choose(25216, 4 * (3 * 128 + 192) * 4, 4 * 192, 4, 132, True) == (13952, 13952)  # as few as may be
     assert choose(0, 100, 16, 2, 132, False) == (17408, 128)
 
 
