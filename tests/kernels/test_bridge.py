@@ -265,8 +265,10 @@ class TestKernels:
         assert not bridge_mse(*inputs, target, token_index=index, backend="triton").isnan()
         assert bridge_mse(*inputs, target, token_index=index + 1, backend="triton").isnan()
 
-    def test_a_group_is_its_bridges(self, device):
-        cases = [make(seed, dtype=torch.float32, device=device, length=35, width=10) for seed in range(4)]
+    @pytest.mark.parametrize("hidden", [7, 4], ids=["wider than x", "narrower than x"])
+    def test_a_group_is_its_bridges(self, hidden, device):
+        sizes = {"length": 35, "hidden": hidden, "width": 10}
+        cases = [make(seed, dtype=torch.float32, device=device, **sizes) for seed in range(4)]
         stacks = [torch.stack([case[i] for case in cases]).requires_grad_() for i in range(1, 5)]
         xs = [case[0].clone().requires_grad_() for case in cases]
         targets = [cases[0][5], cases[1][5]]
@@ -282,9 +284,10 @@ class TestKernels:
         for got, want in zip(*results, strict=True):
             torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
 
+    @pytest.mark.parametrize("hidden", [7, 4], ids=["wider than x", "narrower than x"])
     @pytest.mark.parametrize("frozen", range(5), ids=NAMES[1:])
-    def test_frozen_inputs_get_nothing_and_change_nothing(self, frozen, device):
-        *inputs, target = make(dtype=torch.float32, device=device)
+    def test_frozen_inputs_get_nothing_and_change_nothing(self, frozen, hidden, device):
+        *inputs, target = make(dtype=torch.float32, device=device, hidden=hidden)
         want = run(bridge_mse_ref, inputs, target)
         inputs = [value.requires_grad_(i != frozen) for i, value in enumerate(inputs)]
         bridge_mse(*inputs, target, backend="triton").backward()
