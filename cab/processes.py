@@ -6,7 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -78,6 +78,13 @@ def average(tensors: Sequence[Tensor]) -> list[Tensor]:
     flat = mean(torch.cat([tensor.flatten() for tensor in tensors]))
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Put the mean over the processes in the place of every gradient of a module, in a single exchange."""
+    held = [value for value in module.parameters() if value.grad is not None]
+    for value, gradient in zip(held, average([cast(Tensor, value.grad) for value in held]), strict=True):
+        value.grad = gradient
 
 
 def shard(module: nn.Module, device: torch.device, *methods: str) -> None:

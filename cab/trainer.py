@@ -174,10 +174,7 @@ class TaskTrainer(Trainer):
         outputs = self.graphed(**inputs)
         self._count(outputs)
         if self.accelerator.sync_gradients:  # the graph goes past DDP
-            held = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-            means = processes.average([cast(Tensor, parameter.grad) for parameter in held])
-            for parameter, gradient in zip(held, means, strict=True):
-                parameter.grad = gradient
+            processes.average_gradients(cast(nn.Module, self.model))
         return outputs["loss"] / self.args.gradient_accumulation_steps
 
     def compute_loss(
@@ -425,6 +422,7 @@ def _arguments(config: RunConfig, folder: Path, aligns: bool) -> TrainingArgumen
         dataloader_num_workers=workers,
         dataloader_persistent_workers=workers > 0,
         dataloader_pin_memory=on_gpu,
+        accelerator_config={"non_blocking": on_gpu},  # a copy that waits would wait for the step before it, too
         ddp_backend="gloo" if processes.count() > 1 and not on_gpu else None,
         # DDP must not wait for the gradients of bridges whose weight is 0, or of a head that only the alignment trains.
         ddp_find_unused_parameters=not (config.loss.kl or config.loss.ce)
