@@ -87,7 +87,7 @@ def average_gradients(module: nn.Module) -> None:
         value.grad = gradient
 
 
-def shard(module: nn.Module, device: torch.device, *methods: str) -> None:
+def shard(module: nn.Module, device: torch.device, *methods: str, last: int | None = None) -> None:
     """Leave each process with its part of every parameter, on ``device``: FSDP2.
 
     The parameters of a few blocks are whole while these compute, those outside the blocks from the forward pass to the
@@ -98,14 +98,14 @@ def shard(module: nn.Module, device: torch.device, *methods: str) -> None:
         module: on any device; its blocks are its largest list of modules.
         device: of this process.
         methods: that are called in the place of forward, too.
+        last: the block of which backward may ask for more than the gradient of its output, by default the last one; it
+            and those behind it, whose output may then have no gradient, stay whole until backward.
     """
     # It is about B and C, which Vim's blocks return: nobody writes into them.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (count(),))
-    groups = _groups(module)
-    for group in groups:
-        # What a block shows beside its output may be all that has a gradient of the last one.
-        fully_shard(group, mesh=mesh, reshard_after_forward=group is not groups[-1])
+    for group, is_let_go in _groups(module, last):
+        fully_shard(group, mesh=mesh, reshard_after_forward=is_let_go)
     frozen = {value for value in module.parameters() if not isinstance(value, DTensor) and not value.requires_grad}
     for value in frozen:
         value.data = value.data.to(device)
@@ -122,17 +122,18 @@ def reshard(module: nn.Module) -> None:
 
 
 @contextmanager
-def kept_whole(module: nn.Module) -> Iterator[None]:
-    """All parameters that a pass inside gathers stay whole until the end, to be differentiated by."""
-    sharded = isinstance(module, FSDPModule)
-    if sharded:
-        _let_go(module, False)
+def kept_whole(module: nn.Module, last: int | None = None) -> Iterator[None]:
+    """All parameters that a pass inside gathers stay whole until the end, to be differentiated by; ``last`` as it was
+    for :func:`shard`."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    _let_go(module, False, last)
     try:
         yield
     finally:
-        if sharded:
-            _let_go(module, True)
-            reshard(module)
+        _let_go(module, True, last)
+        reshard(module)
 
 
 def make_whole(module: nn.Module) -> None:
@@ -194,23 +195,25 @@ def _like(value: Any, held: Tensor | None) -> Any:
     return distribute_tensor(value.to(held.device), held.device_mesh, held.placements, src_data_rank=None)
 
 
-def _let_go(module: Any, after: bool) -> None:
+def _let_go(module: FSDPModule, after: bool, last: int | None) -> None:
     """Whether a pass lets go of what it has gathered."""
     module.set_reshard_after_backward(after)
-    for group in _groups(module)[:-1]:
-        for block in group:
+    for group, is_let_go in _groups(cast(nn.Module, module), last):
+        for block in group if is_let_go else ():
             block.set_reshard_after_forward(after)
 
 
-def _groups(module: nn.Module) -> list[list[Any]]:
-    """Blocks that are gathered together."""
+def _groups(module: nn.Module, last: int | None) -> list[tuple[list[Any], bool]]:
+    """Blocks that are gathered together, and whether forward lets go of them: they are all before ``last``."""
     lists = [part for part in module.modules() if isinstance(part, (nn.ModuleList, nn.Sequential))]
+    blocks = list(max(lists, key=_size, default=()))
     groups: list[list[Any]] = []
-    for block in max(lists, key=_size, default=()):
+    for block in blocks:
         if not groups or sum(map(_size, groups[-1])) >= GATHERED:
             groups.append([])
         groups[-1].append(block)
-    return groups
+    before = blocks[: len(blocks) - 1 if last is None else last]
+    return [(group, group[-1] in before) for group in groups]
 
 
 def _size(module: nn.Module) -> int:

@@ -141,10 +141,10 @@ class TaskTrainer(Trainer):
         if not self.shards:
             super()._move_model_to_device(model, device)
             return
-        teacher = cast(DistillationTask, model).teacher
-        if teacher is not None and not teacher.stays:
-            processes.shard(teacher, device)
-        processes.shard(model, device, "compare_gradients")
+        task = cast(DistillationTask, model)
+        if task.teacher is not None and not task.teacher.stays:
+            processes.shard(task.teacher, device)
+        processes.shard(task, device, "compare_gradients", last=task.last_aligned)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Matrices and convolutions; not A_log, D, biases, norms, position embeddings or tokens."""
@@ -196,7 +196,7 @@ class TaskTrainer(Trainer):
         if not wanted or step == self._compared_at or not AdaptiveTrust.is_due(step, self.state.max_steps):
             return
         self._compared_at = step
-        with self.accelerator.autocast(), _unchanged(task), processes.kept_whole(task):
+        with self.accelerator.autocast(), _unchanged(task), processes.kept_whole(task, task.last_aligned):
             self._agreement = task.compare_gradients(**inputs)
         if task.trust is not None:
             task.trust.observe(self._agreement.cosine)

@@ -190,6 +190,28 @@ def test_sharded_processes_train_as_one_does_and_resume_exactly(tmp_path: Path, 
     same_weights(tmp_path, "custom/student.safetensors")
 
 
+EACH_BLOCK = """
+import sys
+import cab.processes
+from cab.cli import main
+cab.processes.GATHERED = 1
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_sharded_block_whose_output_has_no_gradient_is_whole_in_backward(tmp_path: Path, device: str) -> None:
+    """Attention behind the last Mamba block, whose B and C alone have a gradient while the alignment is the loss."""
+    hybrid = ["student.name=bamba", "student.depth=3", "student.attention=2", "student.heads=2", "student.head_dim=16"]
+    settings = ["--preset", "lm-local", *arguments(tmp_path / "one", [*TEXT, *hybrid, f"device={device}"])[1:]]
+    settings += ["--set", "precision=float32", "--set", "shard=true"]
+    assert main(["distill", *settings]) == 0
+    for process in run_two(["distill", *settings, "--out", str(tmp_path / "two")], EACH_BLOCK):
+        assert process.returncode == 0, process.stderr
+    same_metrics(tmp_path)
+    same_weights(tmp_path, "custom/student/model.safetensors")
+
+
 PARTS = """
 import torch
 from torch import nn
