@@ -496,6 +496,14 @@ def test_launchers_that_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_accelerate_itself_is_not_asked_to_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    (tmp_path / "taken").write_text("")
+    assert main([*distill(), "--out", str(tmp_path)]) == 2
+    assert "ACCELERATE_USE_FSDP" not in os.environ
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -256,6 +256,7 @@ def test_accelerate_launches_a_run_on_text_in_stages(tmp_path: Path, name: str, 
     two = launched(name, ["distill", *words])
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("student reads ") == 1
+    assert ("\nshard: true " in (tmp_path / "two" / "config.yaml").read_text()) == (name == "fsdp2.yaml")
     assert len(list((tmp_path / "two" / "custom" / "checkpoint-4").glob("rng_state_*"))) == 2
     metrics = [entry for entry in same_metrics(tmp_path) if entry["split"] == "train"]
     assert [entry["align_weight"] > 0 for entry in metrics] == [True, False]
