@@ -53,7 +53,8 @@ class _KernelForward(nn.Module):
         one_token = hidden_states.shape[1] == 1 and attention_mask is None and not torch.is_grad_enabled()
         if state is not None and one_token and not cache.record_past:
             return self._step(hidden_states, cache)
-        x, z = mixer.in_proj(_without_padding(hidden_states, attention_mask)).transpose(1, 2).chunk(2, dim=1)
+        projected = mixer.in_proj(_without_padding(hidden_states, attention_mask))
+        x, z = (half.transpose(1, 2) for half in projected.chunk(2, dim=-1))  # split first: the gradient is dense so
         tokens = x.shape[-1]
         if cache is not None:  # which puts the last inputs before these
             x = cache.update_conv_state(x, conv_kernel_size=mixer.conv_kernel_size)
@@ -61,7 +62,9 @@ class _KernelForward(nn.Module):
         def convolve(x: Tensor) -> Tensor:
             weight = mixer.conv1d.weight.squeeze(1)
             u = causal_conv1d_fn(x, weight, mixer.conv1d.bias, "silu", cu_seqlens=cu_seqlens)
-            return _without_padding(u[..., -tokens:].transpose(1, 2), attention_mask)
+            if cache is not None:  # the gradient of a slice has another layout
+                u = u[..., -tokens:]
+            return _without_padding(u.transpose(1, 2), attention_mask)
 
         def expand(low_rank: Tensor) -> Tensor:
             return F.linear(low_rank, mixer.dt_proj.weight.to(low_rank.dtype)).transpose(1, 2)
