@@ -9,11 +9,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
-from transformers.models.mamba.modeling_mamba import MambaMixer
+from transformers.models.falcon_mamba.modeling_falcon_mamba import (
+    FalconMambaBlock,
+    FalconMambaMixer,
+    FalconMambaRMSNorm,
+)
+from transformers.models.mamba.modeling_mamba import MambaBlock, MambaMixer, MambaRMSNorm
 
 from cab.students.recompute import Recomputed
-from cab_kernels import causal_conv1d_fn, causal_conv1d_update, selective_scan_fn, selective_state_update
+from cab_kernels import (
+    causal_conv1d_fn,
+    causal_conv1d_update,
+    rms_norm_fn,
+    selective_scan_fn,
+    selective_state_update,
+)
 
 
 class _KernelForward(nn.Module):
@@ -138,11 +148,59 @@ class KernelFalconMambaMixer(_KernelForward, FalconMambaMixer):
         return mixer.dt_layernorm(low_rank), mixer.b_layernorm(B), mixer.c_layernorm(C)
 
 
-_ON_KERNELS = {MambaMixer: KernelMambaMixer, FalconMambaMixer: KernelFalconMambaMixer}
+class _KernelNorm(nn.Module):
+    """The forward pass of transformers' root-mean-square norms in one launch.
+
+    Under autocast the result has its dtype, to which the linear layer that follows would round it.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        norm: Any = self
+        return rms_norm_fn(hidden_states, norm.weight, eps=norm.variance_epsilon)
+
+
+class KernelMambaRMSNorm(_KernelNorm, MambaRMSNorm):
+    """``MambaRMSNorm`` on ``cab_kernels``."""
+
+
+class KernelFalconMambaRMSNorm(_KernelNorm, FalconMambaRMSNorm):
+    """``FalconMambaRMSNorm`` on ``cab_kernels``."""
+
+
+class _KernelBlock(nn.Module):
+    """The forward pass of transformers' blocks, where the norm's backward pass adds the residual stream's gradient."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Add what the mixer makes of (batch, tokens, width) to it; the arguments after it are the mixer's."""
+        block: Any = self
+        residual = hidden_states.to(torch.float32) if block.residual_in_fp32 else hidden_states
+        x = residual.to(block.norm.weight.dtype)
+        normed, same = rms_norm_fn(x, block.norm.weight, eps=block.norm.variance_epsilon, prenorm=True)
+        if x is residual:
+            residual = same
+        return residual + block.mixer(normed, *args, **kwargs)
+
+
+class KernelMambaBlock(_KernelBlock, MambaBlock):
+    """``MambaBlock`` on ``cab_kernels``."""
+
+
+class KernelFalconMambaBlock(_KernelBlock, FalconMambaBlock):
+    """``FalconMambaBlock`` on ``cab_kernels``."""
+
+
+_ON_KERNELS = {
+    MambaMixer: KernelMambaMixer,
+    FalconMambaMixer: KernelFalconMambaMixer,
+    MambaRMSNorm: KernelMambaRMSNorm,
+    FalconMambaRMSNorm: KernelFalconMambaRMSNorm,
+    MambaBlock: KernelMambaBlock,
+    FalconMambaBlock: KernelFalconMambaBlock,
+}
 
 
 def use_cab_kernels(model: nn.Module) -> nn.Module:
-    """Let the Mamba blocks of a model of transformers run on ``cab_kernels``, in place, and return the model.
+    """Let the Mamba blocks and norms of a model of transformers run on ``cab_kernels``, in place, and return the model.
 
     Parameters, configuration, checkpoints, caches and ``generate`` stay as they are; the blocks no longer care whether
     mamba_ssm, causal_conv1d or mambapy is installed. It applies to ``MambaForCausalLM``, ``FalconMambaForCausalLM`` and
@@ -157,7 +215,8 @@ def use_cab_kernels(model: nn.Module) -> nn.Module:
     for mixer in mixers:
         if mixer.activation not in ("silu", "swish"):
             raise ValueError(f"use_cab_kernels: expected activation 'silu', got {mixer.activation!r}")
-        mixer.__class__ = _ON_KERNELS.get(type(mixer), type(mixer))
+    for module in model.modules():
+        module.__class__ = _ON_KERNELS.get(type(module), type(module))
     return model
 
 

@@ -262,7 +262,7 @@ class RMSNorm(torch.autograd.Function):
         ctx.is_x = _is_x(x, residual, residual_dtype)
         ctx.save_for_backward(x if ctx.is_x else residual_out, weight, rstd)
         ctx.set_materialize_grads(False)
-        return y, residual_out
+        return y, x if ctx.is_x else residual_out
 
     @staticmethod
     def backward(ctx, dy, dresidual_out):
@@ -274,7 +274,7 @@ class RMSNorm(torch.autograd.Function):
         once = dx_dtype == dresidual_dtype  # the same numbers
         dx, dresidual, dweight, dbias = rms_norm_backward(
             dy,
-            None if ctx.is_x else dresidual_out,
+            dresidual_out,
             residual_out,
             weight,
             rstd,
@@ -302,6 +302,7 @@ def add_rms_norm(
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """(y, residual_out) of :func:`cab_kernels.rms_norm_fn`."""
-    run = RMSNorm.apply if torch.is_grad_enabled() else rms_norm
-    y, residual_out, *_ = run(x, weight, bias, residual, eps, y_dtype, residual_dtype)
+    if torch.is_grad_enabled():
+        return RMSNorm.apply(x, weight, bias, residual, eps, y_dtype, residual_dtype)
+    y, residual_out, _ = rms_norm(x, weight, bias, residual, eps, y_dtype, residual_dtype)
     return y, x if _is_x(x, residual, residual_dtype) else residual_out

@@ -219,10 +219,11 @@ def test_gradients_that_are_not_needed_or_are_the_same_are_not_written(device, m
 def test_keeps_the_stream_and_a_number_a_row(absent, device):
     inputs, kept = make_inputs((2, 4, 33), absent=absent, device=device), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        _, residual_out = rms_norm_fn(**inputs, prenorm=True, backend="triton")
+        y, residual_out = rms_norm_fn(**inputs, prenorm=True, backend="triton")
     assert [tuple(tensor.shape) for tensor in kept] == [(2, 4, 33), (33,), (2, 4)]
     assert kept[0].data_ptr() == residual_out.data_ptr()
-    assert (residual_out is inputs["x"]) is bool(absent)
+    assert (residual_out.data_ptr() == inputs["x"].data_ptr()) is bool(absent)
+    assert residual_out.grad_fn is y.grad_fn  # one launch adds up the gradients of both
 
 
 def test_second_derivative_raises(device):
