@@ -3,6 +3,7 @@
 from cab_kernels.bridge.op import bridge_mse, bridge_mse_grouped
 from cab_kernels.bridge.reference import bridge_mse_grouped_ref, bridge_mse_ref
 from cab_kernels.conv import causal_conv1d_fn, causal_conv1d_ref, causal_conv1d_update, causal_conv1d_update_ref
+from cab_kernels.inner.causal import mamba_inner_fn, mamba_inner_ref
 from cab_kernels.norm import rms_norm_fn, rms_norm_ref
 from cab_kernels.qk.op import extract_qk
 from cab_kernels.qk.reference import HeadNorm, Rope, extract_qk_ref
@@ -26,6 +27,8 @@ __all__ = [
     "causal_conv1d_update_ref",
     "extract_qk",
     "extract_qk_ref",
+    "mamba_inner_fn",
+    "mamba_inner_ref",
     "rms_norm_fn",
     "rms_norm_ref",
     "selective_scan_fn",

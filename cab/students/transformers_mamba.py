@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,10 +15,10 @@ from transformers.models.falcon_mamba.modeling_falcon_mamba import (
 )
 from transformers.models.mamba.modeling_mamba import MambaBlock, MambaMixer, MambaRMSNorm
 
-from cab.students.recompute import Recomputed
 from cab_kernels import (
     causal_conv1d_fn,
     causal_conv1d_update,
+    mamba_inner_fn,
     rms_norm_fn,
     selective_scan_fn,
     selective_state_update,
@@ -29,7 +28,7 @@ from cab_kernels import (
 class _KernelForward(nn.Module):
     """The forward pass of transformers' Mamba mixers over ``cab_kernels``; parameters, cache and arguments are theirs.
 
-    A prompt that comes in several parts goes on from the state in the cache, as a single token does. In training,
+    A prompt that comes in several parts goes on from the state in the cache, as a single token does. Without a cache,
     forward keeps neither the convolved tokens nor delta for backward, which makes them again.
     """
 
@@ -64,49 +63,53 @@ class _KernelForward(nn.Module):
         if state is not None and one_token and not cache.record_past:
             return self._step(hidden_states, cache)
         projected = mixer.in_proj(_without_padding(hidden_states, attention_mask))
-        x, z = (half.transpose(1, 2) for half in projected.chunk(2, dim=-1))  # split first: the gradient is dense so
-        tokens = x.shape[-1]
-        if cache is not None:  # which puts the last inputs before these
-            x = cache.update_conv_state(x, conv_kernel_size=mixer.conv_kernel_size)
-
-        def convolve(x: Tensor) -> Tensor:
-            weight = mixer.conv1d.weight.squeeze(1)
-            u = causal_conv1d_fn(x, weight, mixer.conv1d.bias, "silu", cu_seqlens=cu_seqlens)
-            if cache is not None:  # the gradient of a slice has another layout
-                u = u[..., -tokens:]
-            return _without_padding(u.transpose(1, 2), attention_mask)
-
-        def expand(low_rank: Tensor) -> Tensor:
-            return F.linear(low_rank, mixer.dt_proj.weight.to(low_rank.dtype)).transpose(1, 2)
-
-        recomputed = Recomputed()
-        with recomputed if cache is None else nullcontext():
-            u = convolve(x)
-            recomputed.register(u, convolve, x)
-            low_rank, B, C = self._project(u)
-            delta = expand(low_rank)
-            recomputed.register(delta, expand, low_rank)
-            scanned = selective_scan_fn(
-                u.transpose(1, 2),
-                delta,
-                -mixer.A_log.float().exp(),
-                B.transpose(1, 2),
-                C.transpose(1, 2),
-                mixer.D.float(),
-                z=z,
-                delta_bias=mixer.dt_proj.bias.float(),
-                delta_softplus=True,
-                return_last_state=cache is not None,
-                # The cache is about to be written over, and backward may still want what it held.
-                initial_state=None if state is None else state.clone(),
+        if cache is None:
+            out, B, C = mamba_inner_fn(
+                projected,
+                mixer.conv1d.weight.squeeze(1),
+                mixer.conv1d.bias,
+                mixer.x_proj.weight,
+                mixer.dt_proj.weight,
+                mixer.dt_proj.bias,
+                mixer.A_log,
+                mixer.D,
+                norm_eps=getattr(mixer, "rms_eps", None),  # FalconMamba's
+                mask=attention_mask,
                 cu_seqlens=cu_seqlens,
             )
+        else:
+            out, B, C = self._with_cache(projected, attention_mask, cache)
         if self.on_projections is not None:
             self.on_projections(B, C)
-        if cache is not None:
-            scanned, last_state = scanned
-            cache.update_recurrent_state(last_state)
-        return mixer.out_proj(scanned.transpose(1, 2).to(hidden_states.dtype))
+        return mixer.out_proj(out.to(hidden_states.dtype))
+
+    def _with_cache(
+        self, projected: Tensor, attention_mask: Tensor | None, cache: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What is to be projected back, (batch, tokens, channels), B and C, of tokens that go on from the cache."""
+        mixer: Any = self
+        x, z = projected.transpose(1, 2).chunk(2, dim=1)
+        x = cache.update_conv_state(x, conv_kernel_size=mixer.conv_kernel_size)  # puts the last inputs before these
+        u = causal_conv1d_fn(x, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, "silu")[..., -z.shape[-1] :]
+        u = _without_padding(u.transpose(1, 2), attention_mask)
+        low_rank, B, C = self._project(u)
+        state = cache.recurrent_states[0]
+        out, last_state = selective_scan_fn(
+            u.transpose(1, 2),
+            F.linear(low_rank, mixer.dt_proj.weight.to(low_rank.dtype)).transpose(1, 2),
+            -mixer.A_log.float().exp(),
+            B.transpose(1, 2),
+            C.transpose(1, 2),
+            mixer.D.float(),
+            z=z,
+            delta_bias=mixer.dt_proj.bias.float(),
+            delta_softplus=True,
+            return_last_state=True,
+            # The cache is about to be written over, and backward may still want what it held.
+            initial_state=None if state is None else state.clone(),
+        )
+        cache.update_recurrent_state(last_state)
+        return out.transpose(1, 2), B, C
 
     def _step(self, hidden: Tensor, cache: Any) -> Tensor:
         """Mix one token (batch, 1, width), and advance the cache in place."""
