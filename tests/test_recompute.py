@@ -1,11 +1,9 @@
 import gc
 import weakref
 
-import pytest
 import torch
 from torch import Tensor
 
-from cab.students import mamba
 from cab.students.recompute import Recomputed
 
 
@@ -108,33 +106,3 @@ def test_stands_back_where_another_context_decides_what_is_kept() -> None:
     assert [tensor.tolist() for tensor in asked] == [[2.0] * 3]
     out.backward()
     assert x.grad.tolist() == [8.0] * 3
-
-
-def run_block(monkeypatch: pytest.MonkeyPatch, device: str, recompute: bool) -> tuple[list[Tensor], int]:
-    """The gradients of one block, and the bytes that it keeps on the GPU for backward."""
-    if not recompute:
-        monkeypatch.setattr(Recomputed, "register", lambda *args: None)
-    torch.manual_seed(0)
-    block = mamba.BidirectionalMamba(64, d_state=4).to(device)
-    hidden = torch.randn(2, 197, 64, device=device)
-    before = torch.cuda.memory_allocated() if device == "cuda" else 0
-    out, ((B, _), (_, C)) = block(hidden)
-    loss = out.square().sum() + B.sum() + C.square().sum()
-    del out, B, C, _
-    kept = torch.cuda.memory_allocated() - before if device == "cuda" else 0
-    loss.backward()
-    return [parameter.grad for parameter in block.parameters()], kept
-
-
-def test_block_has_the_same_gradients_with_and_without(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    with_recipes, _ = run_block(monkeypatch, device, recompute=True)
-    without, _ = run_block(monkeypatch, device, recompute=False)
-    assert all(torch.equal(a, b) for a, b in zip(with_recipes, without, strict=True))
-
-
-@pytest.mark.gpu
-def test_block_keeps_neither_convolved_tokens_nor_delta(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, kept = run_block(monkeypatch, "cuda", recompute=True)
-    _, kept_without = run_block(monkeypatch, "cuda", recompute=False)
-    one = 2 * 197 * 128 * 4  # bytes of u, or of delta, of one direction
-    assert kept_without - kept >= 4 * one
