@@ -3,6 +3,9 @@
 from cab_kernels.bridge.op import bridge_mse, bridge_mse_grouped
 from cab_kernels.bridge.reference import bridge_mse_grouped_ref, bridge_mse_ref
 from cab_kernels.conv import causal_conv1d_fn, causal_conv1d_ref, causal_conv1d_update, causal_conv1d_update_ref
+from cab_kernels.inner.causal import mamba_inner_fn, mamba_inner_ref
+from cab_kernels.inner.op import bidirectional_mamba_inner_fn
+from cab_kernels.inner.reference import bidirectional_mamba_inner_ref
 from cab_kernels.norm import rms_norm_fn, rms_norm_ref
 from cab_kernels.qk.op import extract_qk
 from cab_kernels.qk.reference import HeadNorm, Rope, extract_qk_ref
@@ -14,6 +17,8 @@ from cab_kernels.scan.step import selective_state_update, selective_state_update
 __all__ = [
     "HeadNorm",
     "Rope",
+    "bidirectional_mamba_inner_fn",
+    "bidirectional_mamba_inner_ref",
     "bidirectional_selective_scan_fn",
     "bidirectional_selective_scan_ref",
     "bridge_mse",
@@ -26,6 +31,8 @@ __all__ = [
     "causal_conv1d_update_ref",
     "extract_qk",
     "extract_qk_ref",
+    "mamba_inner_fn",
+    "mamba_inner_ref",
     "rms_norm_fn",
     "rms_norm_ref",
     "selective_scan_fn",

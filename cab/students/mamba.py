@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cab.students.recompute import Recomputed
 from cab.students.student import Projections
-from cab_kernels import bidirectional_selective_scan_fn, causal_conv1d_fn
+from cab_kernels import bidirectional_mamba_inner_fn
 
 AInit = Literal["s4d", "zero"]
 
@@ -24,7 +23,6 @@ class BidirectionalMamba(nn.Module):
 
     Each direction has its own convolution, projections and state; the two outputs are averaged. The backward direction
     scans from the last token to the first and so keeps the tokens' order: its B and C at position t belong to token t.
-    Forward keeps neither the convolved tokens nor delta for backward, which makes them again.
     Names and shapes of the parameters are those of the published Vision Mamba, ``_b`` marks the backward direction.
 
     Args:
@@ -64,50 +62,17 @@ class BidirectionalMamba(nn.Module):
         Returns:
             The mixed tokens (batch, length, d_model), and B and C of the forward and of the backward direction.
         """
-        x, z = (half.transpose(1, 2) for half in self.in_proj(hidden).chunk(2, dim=-1))
-        recomputed = Recomputed()
-        with recomputed:
-            u, delta, projections = self._project(x, self.conv1d, self.x_proj, self.dt_proj, recomputed, reverse=False)
-            u_b, delta_b, projections_b = self._project(
-                x, self.conv1d_b, self.x_proj_b, self.dt_proj_b, recomputed, reverse=True
-            )
-            out = bidirectional_selective_scan_fn(
-                (u, u_b),
-                (delta, delta_b),
-                [-torch.exp(a_log.float()) for a_log in (self.A_log, self.A_b_log)],
-                [way.B.transpose(1, 2) for way in (projections, projections_b)],
-                [way.C.transpose(1, 2) for way in (projections, projections_b)],
-                [self.D.float(), self.D_b.float()],
-                z,
-                [self.dt_proj.bias.float(), self.dt_proj_b.bias.float()],
-                delta_softplus=True,
-            )
-        return F.linear(out.transpose(1, 2), self.out_proj.weight / 2), (projections, projections_b)
-
-    def _project(
-        self,
-        x: Tensor,
-        conv: nn.Conv1d,
-        x_proj: nn.Linear,
-        dt_proj: nn.Linear,
-        recomputed: Recomputed,
-        *,
-        reverse: bool,
-    ) -> tuple[Tensor, Tensor, Projections]:
-        """What a direction scans: u and delta (batch, d_inner, length), which ``recomputed`` makes again, B and C."""
-
-        def convolve(x: Tensor) -> Tensor:
-            return causal_conv1d_fn(x, conv.weight.squeeze(1), conv.bias, "silu", reverse=reverse)
-
-        def expand(low_rank: Tensor) -> Tensor:
-            return F.linear(low_rank, dt_proj.weight.to(low_rank.dtype)).transpose(1, 2)
-
-        u = convolve(x)
-        recomputed.register(u, convolve, x)
-        low_rank, B, C = x_proj(u.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        delta = expand(low_rank)
-        recomputed.register(delta, expand, low_rank)
-        return u, delta, Projections(B, C)
+        out, B, C = bidirectional_mamba_inner_fn(
+            self.in_proj(hidden),
+            [conv.weight.squeeze(1) for conv in (self.conv1d, self.conv1d_b)],
+            [conv.get_parameter("bias") for conv in (self.conv1d, self.conv1d_b)],
+            [self.x_proj.weight, self.x_proj_b.weight],
+            [self.dt_proj.weight, self.dt_proj_b.weight],
+            [self.dt_proj.bias, self.dt_proj_b.bias],
+            [self.A_log, self.A_b_log],
+            [self.D, self.D_b],
+        )
+        return F.linear(out, self.out_proj.weight / 2), (Projections(B[0], C[0]), Projections(B[1], C[1]))
 
 
 def _depthwise_conv(channels: int, width: int) -> nn.Conv1d:

@@ -254,7 +254,8 @@ def _causal_conv1d_bwd_kernel(
     dim, length, groups, blocks,
     stride_x_batch, stride_x_row, stride_dout_batch, stride_dout_row, stride_dx_batch, stride_dx_row,
     WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ_IDX: tl.constexpr,
-    SILU: tl.constexpr, REVERSE: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DWEIGHT: tl.constexpr,
+    SILU: tl.constexpr, REVERSE: tl.constexpr, NEEDS_DX: tl.constexpr, ADD_DX: tl.constexpr,
+    NEEDS_DWEIGHT: tl.constexpr,
     TIME_FAST: tl.constexpr, ALIGN: tl.constexpr, NATIVE: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_RUNS: tl.constexpr,
 ):  # fmt: skip
@@ -315,8 +316,11 @@ def _causal_conv1d_bwd_kernel(
 
         if NEEDS_DX:
             dx = ()
+            earlier = ()
+            if ADD_DX:
+                earlier = _load_run(dx_ptr, stride_dx_row, start, offs_dim, dim, length, 0.0, TIME_FAST)
             for i in tl.static_range(RUN):
-                value = tl.zeros([BLOCK_DIM, BLOCK_RUNS], tl.float32)
+                value = earlier[i].to(tl.float32) if ADD_DX else tl.zeros([BLOCK_DIM, BLOCK_RUNS], tl.float32)
                 for tap in tl.static_range(WIDTH):
                     grad = dpre[i + (tap if REVERSE else WIDTH - 1 - tap)]
                     if HAS_SEQ_IDX:
@@ -400,7 +404,7 @@ def _tiling(time_fast: bool, length: int, backward: bool) -> _Tiling:
 
 def _readable(x: Tensor) -> tuple[Tensor, bool]:
     """``x``, or a copy, with time or channels contiguous, and whether it is time."""
-    time_fast = x.stride(1) != 1 or x.shape[1] == 1
+    time_fast = x.stride(1) != 1 or (x.shape[1] == 1 and x.stride(2) == 1)
     return _with_contiguous(x, time_fast), time_fast
 
 
@@ -434,10 +438,11 @@ def causal_conv1d_fwd(
     seq_idx: Tensor | None,
     silu: bool,
     reverse: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Launch the forward kernel: ``out`` is dense, with the same axis contiguous as ``x``."""
+    """Launch the forward kernel: ``out``, if not given, is dense. The same axis is contiguous in it as in ``x``."""
     x, time_fast = _readable(x)
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     if out.numel() == 0:
         return out
     batch, dim, length = x.shape
@@ -487,15 +492,18 @@ def causal_conv1d_bwd(
     reverse: bool,
     needs_dx: bool,
     needs_dweight: bool,
+    dx: Tensor | None = None,
+    add_dx: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the backward kernels: dx, dweight, dbias, dinitial_states, of no elements where one is not needed.
 
     ``needs_dx`` stands for ``x`` and ``initial_states``, ``needs_dweight`` for ``weight`` and ``bias``: the kernel
-    computes each pair together.
+    computes each pair together. A ``dx`` that is given, with the same axis contiguous as ``x``, is written, or with
+    ``add_dx`` added to.
     """
     x, time_fast = _readable(x)
     dout = _with_contiguous(dout, time_fast)
-    dx, dweight, dbias, dinitial = _empty_gradients(x, weight, bias, initial_states, needs_dx, needs_dweight)
+    dx, dweight, dbias, dinitial = _empty_gradients(x, weight, bias, initial_states, needs_dx, needs_dweight, dx)
     batch, dim, length = x.shape
     width = weight.shape[1]
     slow = 1 if time_fast else 2
@@ -535,6 +543,7 @@ def causal_conv1d_bwd(
                 SILU=silu,
                 REVERSE=reverse,
                 NEEDS_DX=needs_dx,
+                ADD_DX=add_dx,
                 NEEDS_DWEIGHT=needs_dweight,
                 TIME_FAST=time_fast,
                 ALIGN=_alignment(slow, x, dout, dx) if needs_dx else _alignment(slow, x, dout),
@@ -572,8 +581,11 @@ def _empty_gradients(
     initial_states: Tensor | None,
     needs_dx: bool,
     needs_dweight: bool,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx = torch.empty_like(_readable(x)[0]) if needs_dx else x.new_empty(0)
+    """Room for the gradients that are needed; ``dx`` may be there already."""
+    if dx is None:
+        dx = torch.empty_like(_readable(x)[0]) if needs_dx else x.new_empty(0)
     dweight = weight.new_empty(weight.shape if needs_dweight else 0)
     dbias = x.new_empty(0) if bias is None or not needs_dweight else bias.new_empty(bias.shape)
     dinitial = (
