@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cab.patches import patches_as_products
 from cab.teachers.attention_calls import ScaledDotProductCalls
 from cab.teachers.teacher import AttentionSink, LayerSink, Teacher
 from cab.token_map import TokenLayout
@@ -47,6 +48,7 @@ class TimmTeacher(Teacher):
         self.num_layers = len(_blocks(model))
         if not self.num_layers:
             raise self._refusal("it has no list of 'blocks'")
+        patches_as_products(model)
         attentions: list[Any] = [module for module in model.modules() if hasattr(module, "fused_attn")]
         for attention in attentions:
             attention.fused_attn = True  # the same function, through scaled_dot_product_attention
