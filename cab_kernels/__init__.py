@@ -5,7 +5,7 @@ from cab_kernels.bridge.reference import bridge_mse_grouped_ref, bridge_mse_ref
 from cab_kernels.conv import causal_conv1d_fn, causal_conv1d_ref, causal_conv1d_update, causal_conv1d_update_ref
 from cab_kernels.inner.op import bidirectional_mamba_inner_fn
 from cab_kernels.inner.reference import bidirectional_mamba_inner_ref
-from cab_kernels.norm import rms_norm_fn, rms_norm_ref
+from cab_kernels.norm import frozen_layer_norm_fn, frozen_layer_norm_ref, rms_norm_fn, rms_norm_ref
 from cab_kernels.qk.op import extract_qk
 from cab_kernels.qk.reference import HeadNorm, Rope, extract_qk_ref
 from cab_kernels.scan.bidirectional import bidirectional_selective_scan_fn, bidirectional_selective_scan_ref
@@ -30,6 +30,8 @@ __all__ = [
     "causal_conv1d_update_ref",
     "extract_qk",
     "extract_qk_ref",
+    "frozen_layer_norm_fn",
+    "frozen_layer_norm_ref",
     "rms_norm_fn",
     "rms_norm_ref",
     "selective_scan_fn",
