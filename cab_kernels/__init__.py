@@ -6,7 +6,7 @@ from cab_kernels.conv import causal_conv1d_fn, causal_conv1d_ref, causal_conv1d_
 from cab_kernels.inner.causal import mamba_inner_fn, mamba_inner_ref
 from cab_kernels.inner.op import bidirectional_mamba_inner_fn
 from cab_kernels.inner.reference import bidirectional_mamba_inner_ref
-from cab_kernels.norm import rms_norm_fn, rms_norm_ref
+from cab_kernels.norm import frozen_layer_norm_fn, frozen_layer_norm_ref, rms_norm_fn, rms_norm_ref
 from cab_kernels.qk.op import extract_qk
 from cab_kernels.qk.reference import HeadNorm, Rope, extract_qk_ref
 from cab_kernels.scan.bidirectional import bidirectional_selective_scan_fn, bidirectional_selective_scan_ref
@@ -31,6 +31,8 @@ __all__ = [
     "causal_conv1d_update_ref",
     "extract_qk",
     "extract_qk_ref",
+    "frozen_layer_norm_fn",
+    "frozen_layer_norm_ref",
     "mamba_inner_fn",
     "mamba_inner_ref",
     "rms_norm_fn",

@@ -150,6 +150,21 @@ def test_teacher_is_frozen_and_stays_in_evaluation_mode() -> None:
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
+def test_other_means_give_the_same_logits() -> None:
+    model = timm.create_model("deit_tiny_patch16_224", depth=2).double().eval()
+    images = torch.rand(2, 3, 224, 224).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+        mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1).double() for name in ("mean", "std"))
+        expected = model((images - mean) / std)
+        teacher = TimmTeacher(model).double()
+        changed = {type(module).__name__ for module in model.modules()}
+        torch.testing.assert_close(teacher(images), expected)
+    assert {"PatchConv2d", "FrozenLayerNorm"} <= changed
+    assert not {"Conv2d", "LayerNorm"} & changed
+
+
 def test_callback_runs_with_the_callers_gradient_mode() -> None:
     teacher, modes = TimmTeacher(small("deit_tiny_patch16_224")), []
     teacher(torch.rand(1, 3, 32, 32), lambda *layer: modes.append(torch.is_grad_enabled()))

@@ -15,6 +15,7 @@ from timm.layers import DropPath, PatchEmbed, lecun_normal_, resample_abs_pos_em
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from cab.patches import patches_as_products
 from cab.students.mamba import AInit, BidirectionalMamba
 from cab.students.student import ImageStudent, Projections
 from cab.token_map import TokenLayout
@@ -108,6 +109,7 @@ class VisionMamba(ImageStudent):
         self.d_state = d_state
         self.num_layers = depth
         self.patch_embed = PatchEmbed(self.img_size, patch_size, in_chans, embed_dim, strict_img_size=False)
+        patches_as_products(self.patch_embed)
         patches = self.patch_embed.num_patches
         middle = patches // 2
         places = tuple(place + (place >= middle) for place in range(patches))
@@ -182,7 +184,8 @@ class VisionMamba(ImageStudent):
                 f"VisionMamba: expected images of (height, width) = {self.img_size}, got {tuple(images.shape[-2:])}"
             )
         patches = self.patch_embed(images)
-        before, after = patches.tensor_split([self.token_layout.cls], dim=1)
+        middle = self.token_layout.cls
+        before, after = patches.split([middle, patches.shape[1] - middle], dim=1)  # whose gradient is one concatenation
         cls = self.cls_token.to(patches.dtype).expand(len(patches), -1, -1)
         hidden, residual = self.pos_drop(torch.cat((before, cls, after), dim=1) + self.pos_embed), None
         projections = []

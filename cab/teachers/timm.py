@@ -7,13 +7,23 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import timm.data
+import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cab.patches import patches_as_products
 from cab.teachers.attention_calls import ScaledDotProductCalls
 from cab.teachers.teacher import AttentionSink, LayerSink, Teacher
 from cab.token_map import TokenLayout
+from cab_kernels import frozen_layer_norm_fn
+
+
+class FrozenLayerNorm(nn.LayerNorm):
+    """A layer norm without a gradient; under autocast its result is what the linear layer after it would cast it to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return frozen_layer_norm_fn(x, self.weight, self.bias, self.eps)
 
 
 class TimmTeacher(Teacher):
@@ -47,9 +57,7 @@ class TimmTeacher(Teacher):
         self.num_layers = len(_blocks(model))
         if not self.num_layers:
             raise self._refusal("it has no list of 'blocks'")
-        attentions: list[Any] = [module for module in model.modules() if hasattr(module, "fused_attn")]
-        for attention in attentions:
-            attention.fused_attn = True  # the same function, through scaled_dot_product_attention
+        _run_faster(model)
         self._tap = _sdpa_tap
         shapes = self._probe()
         if not shapes:
@@ -111,6 +119,18 @@ class TimmTeacher(Teacher):
 
 def _blocks(model: Any) -> list[nn.Module]:
     return list(getattr(model, "blocks", ()))
+
+
+def _run_faster(model: nn.Module) -> None:
+    """Let a frozen model's layers compute the same by other means, in place."""
+    patches_as_products(model)
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        norm = type(module) in (nn.LayerNorm, timm.layers.LayerNorm)
+        if norm and module.weight is not None and len(module.normalized_shape) == 1:
+            module.__class__ = FrozenLayerNorm
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = True  # through scaled_dot_product_attention
 
 
 def _name(model: nn.Module) -> str:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from cab_kernels.conv.kernels import causal_conv1d_bwd, causal_conv1d_fwd
 from cab_kernels.conv.op import sequence_index
-from cab_kernels.scan.kernels import new_results, selective_scan_bwd, selective_scan_fwd
+from cab_kernels.scan.kernels import new_gradients, new_results, selective_scan_bwd, selective_scan_fwd
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
@@ -128,17 +128,19 @@ def mamba_inner_backward(
         parts = _scanned_parts(projected, dt_proj, A, norm_eps)
         dt, B, C = parts
         delta = F.linear(dt, dt_proj).mT
-        du, ddelta, dA, *of_scan, dD, dz_of_scan, ddt_bias = selective_scan_bwd(
-            dout.contiguous().mT, None, u, delta, A, B.mT, C.mT, D, z, dt_bias, None, cu_seqlens, states, True, False,
-            [True] * 8 + [False],
-        )  # fmt: skip
-        dz.copy_(dz_of_scan)
         dparts = _parts(dprojected, dt_proj, A)
+        inputs = (u, delta, A, B.mT, C.mT, D, z, dt_bias, None)
+        du, ddelta, dA, dD, ddt_bias = new_gradients((u, delta, A, D, dt_bias), [True] * 5)
+        selective_scan_bwd(
+            dout.contiguous().mT, None, *inputs, cu_seqlens, states, True, False,
+            [du, ddelta, dA, dparts[1].mT, dparts[2].mT, dD, dz, ddt_bias, None],
+        )  # fmt: skip
         ddelta = _rows(ddelta.mT)
         torch.mm(ddelta, dt_proj, out=_rows(dparts[0]))
         ddt_proj = ddelta.mT @ _rows(dt)
-        for dpart, gradient, other in zip(dparts[1:], of_scan, (dB, dC), strict=True):
-            dpart.copy_(gradient.mT) if other is None else torch.add(gradient.mT, other, out=dpart)
+        for dpart, other in zip(dparts[1:], (dB, dC), strict=True):
+            if other is not None:
+                dpart += other
         if norm_eps is not None:
             for dpart, part in zip(dparts, _parts(projected, dt_proj, A), strict=True):
                 dpart.copy_(_through_norm(dpart, part, norm_eps))

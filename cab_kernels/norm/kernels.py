@@ -118,7 +118,7 @@ def _rms_norm_reduce_kernel(
         tl.store(dbias_ptr + column, dbias.to(dbias_ptr.dtype.element_ty), mask=column < width)
 
 
-def _tiling(width: int) -> dict[str, int]:
+def row_tiling(width: int) -> dict[str, int]:
     """The tile for rows of ``width``; a thread holds 16 of its numbers."""
     block_width = triton.next_power_of_2(width)
     block_rows = max(1, TILE // block_width)
@@ -159,7 +159,7 @@ def rms_norm_fwd(
     y, residual_out, rstd = _empty_outputs(x, residual, y_dtype, residual_dtype)
     x_rows, residual_rows = _rows(x), None if residual is None else _rows(residual)
     rows, width = x_rows.shape
-    tiling = _tiling(width)
+    tiling = row_tiling(width)
     with torch.cuda.device_of(x):
         _rms_norm_fwd_kernel[(triton.cdiv(rows, tiling["BLOCK_ROWS"]),)](
             x_ptr=x_rows,
@@ -197,7 +197,7 @@ def rms_norm_bwd(
     r, dy = _rows(residual_out), _rows(dy)
     dresidual_out = None if dresidual_out is None else _rows(dresidual_out)
     rows, width = r.shape
-    tiling = _tiling(width)
+    tiling = row_tiling(width)
     tiles = triton.cdiv(rows, tiling["BLOCK_ROWS"])
     programs = max(1, min(PROGRAMS, tiles))  # without rows, one writes zeros
     partial_weight, partial_bias = (
