@@ -11,7 +11,7 @@ so 16-bit gradients of a small loss do not underflow here. Two kernels, because 
 multiprocessor's registers; each makes z, h and r again for itself:
 
 * ``_bridge_inner_kernel`` walks over all target channels and owns what lies on x's side: squares, dx, dw1, db1.
-* ``_bridge_outer_kernel`` owns some target channels: dw2, db2.
+* ``_bridge_outer_kernel`` owns a block of target channels: dw2, db2.
 
 A program takes every ``splits``-th block of tokens of one bridge and keeps its weight gradients in registers; they go
 to a slice of its own of the kernel's ``partials`` (bridges, splits, numbers), which are summed in a fixed order. The
@@ -19,7 +19,6 @@ programs of bridges that share a target are neighbours, so the target is read fr
 
 Where w2 is small enough (``COLUMN_BLOCKS``), the inner kernel keeps it in shared memory for all of its tokens, and the
 next block's x and target are fetched while this one's are worked on; else it reads w2 again for each block of tokens.
-The outer kernel then owns all channels and makes the hidden layer once a token, not once for each BLOCK_WIDTH channels.
 
 Tokens are numbered through the batch. r and dz are rounded to x's dtype only as operands of a product; db1 and db2
 are products with ones, which cost fewer registers than sums over rows. So do b1 and b2 as products, and because these
@@ -58,10 +57,11 @@ class Tiling(NamedTuple):
     stages: int
 
 
-# Four warps: two programs fit on a multiprocessor, and one multiplies while the other waits or does all else. The outer
-# kernel's eight hold w2's whole gradient: 1.6 times fewer instructions a token, compiled, than three programs of four.
+# Four warps: two programs fit on a multiprocessor, and one multiplies while the other waits or does all else.
 RESIDENT, STREAMED = Tiling(64, 4, 2), Tiling(128, 8, 1)
-OUTER_RESIDENT, OUTER_STREAMED = Tiling(128, 8, 2), Tiling(64, 4, 2)
+# Eight warps could hold w2's whole gradient, for 1.6 times fewer instructions a token: 2.88 ms against 2.76, of 96
+# bridges of 16-128-192 on an H100, for with so many registers a multiprocessor has room for one program.
+OUTER = Tiling(64, 4, 2)
 BLOCK_WIDTH = 64
 MAX_RESIDENT = 3  # blocks of w2
 PARTIAL_BYTES = 64 * 2**20
@@ -269,14 +269,13 @@ def _bridge_outer_kernel(
     HAS_HEADS: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
     NVIDIA_BF16: tl.constexpr,
-    COLUMN_BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_STATE: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """dw2 and db2 of some BLOCK_WIDTH target channels of one bridge over every ``splits``-th block of tokens."""
+    """dw2 and db2 of BLOCK_WIDTH target channels of one bridge over every ``splits``-th block of tokens."""
     bridge = tl.program_id(0) % len(xs)
     split = tl.program_id(0) // len(xs)
     splits = tl.num_programs(0) // len(xs)
@@ -290,18 +289,12 @@ def _bridge_outer_kernel(
     offs_w1 = offs_hidden[:, None] * d_state + offs_state[None, :]
     w1 = (0.5 * tl.load(w1_ptr + bridge * hidden_size * d_state + offs_w1, mask=w1_mask, other=0.0)).to(compute)
     b1 = _load_bias(b1_ptr + bridge * hidden_size, offs_hidden, hidden_size, 0.5, compute)
-    first = tl.program_id(1) * COLUMN_BLOCKS * BLOCK_WIDTH
+    cols = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    w2 = _load_w2(w2_ptr + bridge * width * hidden_size, cols, offs_hidden, width, hidden_size, compute)
+    b2 = _load_bias(b2_ptr + bridge * width, cols, width, 1.0, compute)
+    dw2 = tl.zeros((BLOCK_WIDTH, BLOCK_HIDDEN), tl.float32)
+    db2 = tl.zeros((BLOCK_WIDTH, 16), tl.float32)
     ones = tl.full((BLOCK_TOKENS, 16), 1.0, compute)
-    w2s = ()
-    b2s = ()
-    dw2s = ()
-    db2s = ()
-    for j in tl.static_range(COLUMN_BLOCKS):
-        cols = first + j * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-        w2s = w2s + (_load_w2(w2_ptr + bridge * width * hidden_size, cols, offs_hidden, width, hidden_size, compute),)
-        b2s = b2s + (_load_bias(b2_ptr + bridge * width, cols, width, 1.0, compute),)
-        dw2s = dw2s + (tl.zeros((BLOCK_WIDTH, BLOCK_HIDDEN), tl.float32),)
-        db2s = db2s + (tl.zeros((BLOCK_WIDTH, 16), tl.float32),)
     for tile in tl.range(split, tl.cdiv(tokens, BLOCK_TOKENS), splits, num_stages=STAGES):
         offs = tile * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
         batch, token, source, counted, _ = match_tokens(
@@ -315,26 +308,19 @@ def _bridge_outer_kernel(
         present = _present(counted, BLOCK_TOKENS, compute)
         u = tl.dot(x, tl.trans(w1), tl.dot(present, b1))
         hidden = (u + u * tanh_like(u, NVIDIA_BF16)).to(compute)
-        old_dw2s, old_db2s = dw2s, db2s
-        dw2s = ()
-        db2s = ()
-        for j in tl.static_range(COLUMN_BLOCKS):
-            cols = first + j * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-            target = load_target(
-                target_rows, counted, cols, mean_ptr, rstd_ptr, which * stride_mean_target, width, head_dim,
-                stride_target_head, stride_target_dim, HAS_HEADS, HAS_STATISTICS,
-            )  # fmt: skip
-            residual = tl.dot(hidden, tl.trans(w2s[j]), tl.dot(present, b2s[j])) - target
-            residual = tl.trans(residual.to(compute))
-            # This order: were db2's product last, ptxas would let no two products of this loop overlap.
-            db2s = db2s + (tl.dot(residual, ones, old_db2s[j]),)
-            dw2s = dw2s + (tl.dot(residual, hidden, old_dw2s[j]),)
+        target = load_target(
+            target_rows, counted, cols, mean_ptr, rstd_ptr, which * stride_mean_target, width, head_dim,
+            stride_target_head, stride_target_dim, HAS_HEADS, HAS_STATISTICS,
+        )  # fmt: skip
+        residual = tl.dot(hidden, tl.trans(w2), tl.dot(present, b2)) - target
+        residual = tl.trans(residual.to(compute))
+        # This order: were db2's product last, ptxas would let no two products of this loop overlap.
+        db2 = tl.dot(residual, ones, db2)
+        dw2 = tl.dot(residual, hidden, dw2)
     row = partials_ptr + (bridge * splits + split).to(tl.int64) * partial_size
-    for j in tl.static_range(COLUMN_BLOCKS):
-        cols = first + j * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-        w2_mask = (cols < width)[:, None] & (offs_hidden < hidden_size)[None, :]
-        tl.store(row + cols[:, None] * hidden_size + offs_hidden[None, :], dw2s[j], mask=w2_mask)
-        tl.store(row + width * hidden_size + cols, tl.max(db2s[j], 1), mask=cols < width)
+    w2_mask = (cols < width)[:, None] & (offs_hidden < hidden_size)[None, :]
+    tl.store(row + cols[:, None] * hidden_size + offs_hidden[None, :], dw2, mask=w2_mask)
+    tl.store(row + width * hidden_size + cols, tl.max(db2, 1), mask=cols < width)
 
 
 @functools.lru_cache
@@ -355,14 +341,13 @@ def bridge_mse_fused(call: Call, dx: torch.Tensor | None, needs_w1: bool, needs_
     plain = block_state == 16 and not where["HAS_HEADS"] and not where["HAS_STATISTICS"]
     resident = pipelined and plain and columns <= MAX_RESIDENT
     inner = RESIDENT if resident else STREAMED
-    outer = OUTER_RESIDENT if resident else OUTER_STREAMED if pipelined else OUTER_STREAMED._replace(stages=1)
-    outer_blocks = columns if resident else 1
+    outer = OUTER if pipelined else OUTER._replace(stages=1)
     size1, size2 = gradient_sizes(call)
     splits1, splits2 = (
         choose_splits(programs, cdiv(call.tokens, tiling.tokens), places(x.device, tiling.warps), most)
         for programs, tiling, most in (
             (bridges, inner, PARTIAL_BYTES // (4 * bridges * size1)),
-            (bridges * columns // outer_blocks, outer, PARTIAL_BYTES // (4 * bridges * size2)),
+            (bridges * columns, outer, PARTIAL_BYTES // (4 * bridges * size2)),
         )
     )
     partials = Partials(
@@ -411,10 +396,9 @@ def bridge_mse_fused(call: Call, dx: torch.Tensor | None, needs_w1: bool, needs_
         **arguments,
     )
     if needs_w2:
-        _bridge_outer_kernel[(bridges * splits2, columns // outer_blocks)](
+        _bridge_outer_kernel[(bridges * splits2, columns)](
             partials_ptr=partials.outer,
             partial_size=size2,
-            COLUMN_BLOCKS=outer_blocks,
             STAGES=outer.stages,
             BLOCK_TOKENS=outer.tokens,
             num_warps=outer.warps,

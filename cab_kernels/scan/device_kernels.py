@@ -228,12 +228,12 @@ def store_one(at, value, mask, NATIVE: tl.constexpr):
 def load_numbers(at, COUNT: tl.constexpr, AGAIN: tl.constexpr, NATIVE: tl.constexpr):
     """COUNT (1, 2, or a multiple of 4) neighbouring float32 a lane.
 
-    AGAIN marks a second load of the same numbers: the compiler would merge it with the first and hold them in
+    AGAIN marks a second and last load of the same numbers: the compiler would merge it with the first and hold them in
     registers, were it not another instruction.
     """
     values = ()
     if NATIVE:
-        LOAD: tl.constexpr = "ld.global.L1::evict_last" if AGAIN else "ld.global.nc"
+        LOAD: tl.constexpr = "ld.global.L1::evict_first" if AGAIN else "ld.global.nc"
         if COUNT == 1:
             values = (tl.inline_asm_elementwise(LOAD + ".f32 $0, [$1];", "=r,l", [at], tl.float32, True, 1),)
         elif COUNT == 2:

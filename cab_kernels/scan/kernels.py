@@ -447,13 +447,13 @@ def selective_scan_bwd(
             if sum_rows:
                 _sum_rows(call, drows, sums, *varying, blocks, block, block + count)
         if ends[-1]:
-            _sum_parts_kernel[(triton.cdiv(ends[-1], 128),)](
+            _sum_parts_kernel[(triton.cdiv(ends[-1], 32),)](
                 parts_ptr=parts,
                 **{f"{name}_ptr": gradient for name, gradient in parameters.items()},
                 **{f"end_{name}": end for name, end in zip(parameters, ends, strict=True)},
                 tasks=main_tasks,
-                BLOCK=128,
-                ROWS=8,
+                BLOCK=32,
+                ROWS=32,
                 num_warps=4,
                 enable_fp_fusion=True,
             )
