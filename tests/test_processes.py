@@ -226,6 +226,11 @@ class Model(nn.Module):
     def forward(self, x):
         return self.head(self.blocks(x)) * self.scale.sum()
 model = Model()
+for value in model.parameters():
+    value.grad = torch.full_like(value, processes.rank()) if value.requires_grad else None
+processes.average_gradients(model)
+for name, value in model.named_parameters():
+    assert value.grad is None if name.startswith("head") else (value.grad == 0.5).all(), name
 processes.shard(model, torch.device("cpu"))
 for name, value in model.named_parameters():
     assert getattr(value, "_local_tensor", value).numel() == value.numel() / (1 if name.startswith("head") else 2), name
@@ -233,7 +238,7 @@ processes.leave()
 """
 
 
-def test_each_process_holds_its_part() -> None:
+def test_processes_average_gradients_and_hold_their_parts() -> None:
     for process in run_two([], PARTS):
         assert process.returncode == 0, process.stderr
 
