@@ -218,7 +218,8 @@ def use_cab_kernels(model: nn.Module) -> nn.Module:
 
     Parameters, configuration, checkpoints, caches and ``generate`` stay as they are; the blocks no longer care whether
     mamba_ssm, causal_conv1d or mambapy is installed. It applies to ``MambaForCausalLM``, ``FalconMambaForCausalLM`` and
-    whatever else is built of their mixers, and may be called again. Weights must be floating point, not quantised.
+    whatever else is built of their mixers, and may be called again. Weights must be floating point, not quantised;
+    those of ``x_proj`` and ``dt_proj`` are read, and an adapter around these layers is refused when the model runs.
 
     Raises:
         ValueError: the model has no such mixer, or one whose activation is not SiLU.
