@@ -117,7 +117,10 @@ def mamba_inner_fn(
     norms' weights included. Under autocast the three projections run in autocast's dtype, all else in its input's.
     """
     dt_rank, dstate = delta_proj_weight.shape[1], A.shape[-1]
-    x, z = xz.chunk(2, dim=1)
+    if xz.stride(2) == 1:
+        x, z = xz.chunk(2, dim=1)
+    else:  # as a linear layer leaves it: so the gradients of the halves are joined in its layout
+        x, z = (half.mT for half in xz.mT.chunk(2, dim=2))
     u = _causal_conv1d_fn(x, conv1d_weight.squeeze(1), conv1d_bias, "silu")
     projected = F.linear(u.transpose(1, 2), x_proj_weight)
     low_rank = _normalised(projected[..., :dt_rank], dt_rms_weight, b_c_dt_rms_eps)

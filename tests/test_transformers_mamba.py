@@ -171,3 +171,27 @@ def test_transformers_own_kernels_are_not_asked(monkeypatch) -> None:
 def test_models_that_cannot(family: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         use_cab_kernels(make(family, **options))
+
+
+class Adapter(nn.Module):
+    """Around a linear layer, whose weight it shows as if it were its own."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.linear(hidden) + 1
+
+
+@pytest.mark.parametrize("name", ["x_proj", "dt_proj"])
+def test_an_adapter_that_would_be_left_out_is_refused(name: str) -> None:
+    model = use_cab_kernels(make("mamba"))
+    mixer = model.backbone.layers[1].mixer
+    setattr(mixer, name, Adapter(getattr(mixer, name)))
+    with pytest.raises(ValueError, match=f"expected {name} to be a Linear, whose weight is read, got Adapter"):
+        model(batch()[0])

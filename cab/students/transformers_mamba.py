@@ -62,31 +62,42 @@ class _KernelForward(nn.Module):
         one_token = hidden_states.shape[1] == 1 and attention_mask is None and not torch.is_grad_enabled()
         if state is not None and one_token and not cache.record_past:
             return self._step(hidden_states, cache)
+        for name in ("x_proj", "dt_proj"):
+            if not isinstance(getattr(mixer, name), nn.Linear):  # an adapter would be left out in silence
+                got = type(getattr(mixer, name)).__name__
+                raise ValueError(f"use_cab_kernels: expected {name} to be a Linear, whose weight is read, got {got}")
         projected = mixer.in_proj(_without_padding(hidden_states, attention_mask))
         if cache is None:
-            out, B, C = mamba_inner_fn(
-                projected,
-                mixer.conv1d.weight.squeeze(1),
-                mixer.conv1d.bias,
-                mixer.x_proj.weight,
-                mixer.dt_proj.weight,
-                mixer.dt_proj.bias,
-                mixer.A_log,
-                mixer.D,
-                norm_eps=getattr(mixer, "rms_eps", None),  # FalconMamba's
-                mask=attention_mask,
-                cu_seqlens=cu_seqlens,
-            )
+            out, B, C = self._without_cache(projected, attention_mask, cu_seqlens)
         else:
             out, B, C = self._with_cache(projected, attention_mask, cache)
         if self.on_projections is not None:
             self.on_projections(B, C)
         return mixer.out_proj(out.to(hidden_states.dtype))
 
+    def _without_cache(
+        self, projected: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What is to be projected back, (batch, tokens, channels), B and C."""
+        mixer: Any = self
+        return mamba_inner_fn(
+            projected,
+            mixer.conv1d.weight.squeeze(1),
+            mixer.conv1d.bias,
+            mixer.x_proj.weight,
+            mixer.dt_proj.weight,
+            mixer.dt_proj.bias,
+            mixer.A_log,
+            mixer.D,
+            norm_eps=getattr(mixer, "rms_eps", None),  # FalconMamba's
+            mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+        )
+
     def _with_cache(
         self, projected: Tensor, attention_mask: Tensor | None, cache: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What is to be projected back, (batch, tokens, channels), B and C, of tokens that go on from the cache."""
+        """The same of tokens that go on from the cache."""
         mixer: Any = self
         x, z = projected.transpose(1, 2).chunk(2, dim=1)
         x = cache.update_conv_state(x, conv_kernel_size=mixer.conv_kernel_size)  # puts the last inputs before these
@@ -207,7 +218,8 @@ def use_cab_kernels(model: nn.Module) -> nn.Module:
 
     Parameters, configuration, checkpoints, caches and ``generate`` stay as they are; the blocks no longer care whether
     mamba_ssm, causal_conv1d or mambapy is installed. It applies to ``MambaForCausalLM``, ``FalconMambaForCausalLM`` and
-    whatever else is built of their mixers, and may be called again. Weights must be floating point, not quantised.
+    whatever else is built of their mixers, and may be called again. Weights must be floating point, not quantised;
+    those of ``x_proj`` and ``dt_proj`` are read, and an adapter around these layers is refused when the model runs.
 
     Raises:
         ValueError: the model has no such mixer, or one whose activation is not SiLU.

@@ -125,6 +125,18 @@ def test_block_and_every_gradient_equal_the_block_spelled_out(optional):
         torch.testing.assert_close(gradient, value, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("channels_fast", [False, True])
+def test_gradient_of_the_block_lies_as_its_input(channels_fast):
+    """The product before it then reads it in place."""
+    inputs = block_inputs({})
+    xz = inputs["xz"].detach()
+    xz = (xz.mT.contiguous().mT if channels_fast else xz).requires_grad_()
+    out = compat.mamba_inner_fn(**inputs | {"xz": xz})
+    torch.testing.assert_close(out, compat.mamba_inner_fn(**inputs))
+    (gradient,) = torch.autograd.grad(out.sum(), xz)
+    assert gradient.stride() == xz.stride()
+
+
 def test_block_runs_under_autocast():
     inputs = {name: tensor.detach().float().requires_grad_() for name, tensor in block_inputs({}).items()}
     with torch.autocast("cpu", torch.bfloat16):
