@@ -5,7 +5,7 @@
 Both directions lie side by side, (2, batch, length, ...), so that a product serves both. Kept for backward: xz, the
 projections dt | B | C, the scan's states and the weights as the products take them. Made again: u and delta. Gradients
 are written where they are wanted: those of x and z as the halves of one tensor, those of dt, B and C as parts of one,
-and what the projections add to that of u, and the second direction to that of x, is added by what computes it.
+and what the projections add to that of u is added by the product that computes it.
 
 The parts of a row of projections begin at multiples of 16 bytes, as fast products and vector loads want them: dt has
 columns of zeros behind its own, *padded* in all. One kernel lays the weights out so, casts them, and makes A of A_log;
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cab_kernels.conv.kernels import causal_conv1d_bwd, causal_conv1d_fwd
+from cab_kernels.conv.bidirectional_kernels import bidirectional_conv1d_bwd, bidirectional_conv1d_fwd
 from cab_kernels.scan.bidirectional_kernels import bidirectional_selective_scan, bidirectional_selective_scan_backward
 from cab_kernels.scan.kernels import new_results
 
@@ -127,15 +127,6 @@ def _lay_back(
         )
 
 
-def _convolve(x: Tensor, conv_weight: Pair, conv_bias: Pair) -> Tensor:
-    """u of both directions, (2, batch, length, dim), of x (batch, dim, length)."""
-    batch, dim, length = x.shape
-    u = x.new_empty(2, batch, length, dim)
-    for way in range(2):
-        causal_conv1d_fwd(x, conv_weight[way], conv_bias[way], None, None, True, bool(way), out=u[way].mT)
-    return u
-
-
 def _product(inputs: Tensor, weight: Tensor) -> Tensor:
     """(2, batch, length, inputs) times (2, outputs, inputs): (2, batch, length, outputs)."""
     return torch.bmm(inputs.flatten(1, 2), weight.mT).unflatten(1, inputs.shape[1:3])
@@ -175,7 +166,7 @@ def bidirectional_mamba_inner(
         x, z = xz.contiguous().mT.chunk(2, dim=1)
         x_weight, dt_weight, A = _new_weights(xz, dt_proj[0], A_log[0])
         _lay_out(x_proj, dt_proj, A_log, x_weight, dt_weight, A)
-        u = _convolve(x, conv_weight, conv_bias)
+        u = bidirectional_conv1d_fwd(x, conv_weight, conv_bias)
         projected = _product(u, x_weight)
         out, states = bidirectional_selective_scan(*_scanned(u, projected, z, dt_weight, dt_bias, A, D), True, keep)
     return out.mT, projected, states, x_weight, dt_weight, A
@@ -221,7 +212,7 @@ def bidirectional_mamba_inner_backward(
     with torch.autocast(xz.device.type, enabled=False):
         xz = xz.contiguous()
         x, z = xz.mT.chunk(2, dim=1)
-        u = _convolve(x, conv_weight, conv_bias)
+        u = bidirectional_conv1d_fwd(x, conv_weight, conv_bias)
         gradients = bidirectional_selective_scan_backward(
             dout.contiguous().mT, *_scanned(u, projected, z, dt_weight, dt_bias, A, D), states, True, [True] * 8
         )
@@ -231,7 +222,6 @@ def bidirectional_mamba_inner_backward(
         dxz, dprojected, dx_weight, ddt_weight = map(torch.empty_like, (xz, projected, x_weight, dt_weight))
         dx, dz = dxz.mT.chunk(2, dim=1)
         dz.copy_(dz_of_scan)
-        of_conv = []
         for way in range(2):
             ddt, *parts = _parts(dprojected[way], dt_weight, A)
             for part, of_scan, other in zip(parts, dBC[way::2], (dB[way], dC[way]), strict=True):
@@ -244,11 +234,9 @@ def bidirectional_mamba_inner_backward(
             torch.mm(rows_ddelta.mT, dt, out=ddt_weight[way])
             torch.mm(rows.mT, rows_u, out=dx_weight[way])
             rows_du.addmm_(rows, x_weight[way])
-            given = x, conv_weight[way], conv_bias[way], None, None, True, bool(way), True, True
-            of_conv.append(causal_conv1d_bwd(du[way], *given, dx=dx, add_dx=way == 1)[1:3])
+        dconv_weight, dconv_bias = bidirectional_conv1d_bwd(du, x, conv_weight, conv_bias, dx)
         dx_proj, ddt_proj, dA_log = _alike(x_proj), _alike(dt_proj), _alike(A_log)
         _lay_back(dx_weight, ddt_weight, dA, A, dx_proj, ddt_proj, dA_log)
-    dconv_weight, dconv_bias = zip(*of_conv, strict=True)
     ddt_bias, dD = ddt_bias.to(dt_bias[0].dtype), dD.to(D[0].dtype)
     return [dxz, *dconv_weight, *dconv_bias, *dx_proj, *ddt_proj, ddt_bias, *dA_log, dD]
 
