@@ -40,7 +40,8 @@ def print_kernels(step: Callable[[], object], count: int) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         step()
         torch.cuda.synchronize()
-    kernels = sorted(trace.key_averages(), key=lambda event: -event.self_device_time_total)
+    of_device = (event for event in trace.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+    kernels = sorted(of_device, key=lambda event: -event.self_device_time_total)  # without the driver's calls
     total = sum(event.self_device_time_total for event in kernels) / 1000
     launches = sum(event.count for event in kernels)
     print(f"{launches} launches, {total:.1f} ms on the device:")

@@ -152,17 +152,19 @@ class TracedBridge(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, target):  # type: ignore[no-untyped-def]
-        from cab_kernels.bridge.chunked_kernels import CHUNK_BYTES
+        from cab_kernels.bridge.chunked_kernels import CHUNK_BYTES, SMALL_CHUNK_BYTES, STEP_BYTES, is_small
         from cab_kernels.bridge.fused_kernels import PARTIAL_BYTES
         from cab_kernels.bridge.kernels import _fused
 
-        workspace = PARTIAL_BYTES if _fused(w1, x.dtype) else CHUNK_BYTES
+        small = is_small(w1.shape[0], w1.shape[1], w2.shape[0])
+        chunked = SMALL_CHUNK_BYTES if small else CHUNK_BYTES + STEP_BYTES
+        workspace = PARTIAL_BYTES if _fused(w1, x.dtype) else chunked
         x.new_empty(workspace // x.element_size())
         stacks = [value.unsqueeze(0) for value in (w1, b1, w2, b2)]
         operation = torch.ops.cab_kernels.bridge_mse
         loss, *saved = operation([x], *stacks, [target], None, None, None, None, x.dtype, 31)
-        ctx.save_for_backward(*saved)
-        ctx.sizes = (w1.shape[1], w1.shape[0], w2.shape[0], x.dtype, w1.dtype)
+        ctx.save_for_backward(*saved, stacks[0])
+        ctx.sizes = (w2.shape[0], x.dtype)
         return loss[0]
 
     @staticmethod

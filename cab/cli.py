@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import os
 import sys
@@ -196,7 +197,8 @@ def _distill(options: argparse.Namespace) -> None:
     else:
         config = resolve(options.preset, options.config, settings, options.data)
         folder = options.out or Path("runs") / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
-    _join(config.device)
+    if _joined(config.device):
+        config = dataclasses.replace(config, shard=True)
     from cab import processes
     from cab.run import distill
 
@@ -213,20 +215,29 @@ def _distill(options: argparse.Namespace) -> None:
         raise SystemExit(130) from None
 
 
-def _join(device: str) -> None:
-    """Join the other processes where a launcher has started several, each with whole copies of all models."""
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        if os.environ.get(name, "false").lower() in ("1", "true", "yes"):
-            raise UserError(
-                f"expected torchrun, or accelerate with launch/ddp.yaml, whose processes hold whole models, got "
-                f"{name}={os.environ[name]}: bridges, averaged weights and graphs are not sharded"
-            )
+def _joined(device: str) -> bool:
+    """Join the other processes where a launcher has started several, and say whether it wants the models sharded."""
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "expected torchrun, or accelerate with launch/ddp.yaml or launch/fsdp2.yaml, got ACCELERATE_USE_DEEPSPEED="
+            f"{os.environ['ACCELERATE_USE_DEEPSPEED']}: FSDP2 shards what ZeRO-3 would"
+        )
+    shards = _is_set("ACCELERATE_USE_FSDP")
+    for name, wanted in (("FSDP_VERSION", "2"), ("FSDP_OFFLOAD_PARAMS", "false")) if shards else ():
+        if os.environ.get(name, wanted) != wanted:
+            raise UserError(f"expected {name}={wanted}, as launch/fsdp2.yaml has it, got {os.environ[name]}")
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # the models come sharded: accelerate has nothing to wrap
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         import torch
 
         from cab import processes
 
         processes.start(int(os.environ["LOCAL_RANK"]), cpu=device == "cpu" or not torch.cuda.is_available())
+    return shards
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("1", "true", "yes")
 
 
 def _writable(file: Path) -> None:

@@ -357,7 +357,13 @@ class Config(Section):
     precision: str = _option(
         "auto", "auto (bfloat16 on a GPU), float32 or bfloat16", choices=("auto", "float32", "bfloat16")
     )
-    graph: bool = _option(True, "on a GPU, replay forward and backward pass as one CUDA graph")
+    graph: bool = _option(
+        True, "on a GPU, replay forward and backward pass as one CUDA graph; not where models are sharded"
+    )
+    shard: bool = _option(
+        False,
+        "of several processes, each holds a part of student, teacher, bridges and optimiser (FSDP2), not the whole",
+    )
     log_gradients: bool = _option(
         False, "log norms and cosine of the gradients of the KL and of the alignment, 100 times a run"
     )

@@ -78,7 +78,8 @@ class GraphedStep:
             value.copy_(kept[name])
         torch.cuda.set_rng_state(random_state)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads go on: NCCL's looks for what has ended, the loader's pins memory.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs, gradients = self._run(held)
         return _Captured(graph, held, outputs, gradients)
 

@@ -1,22 +1,33 @@
-"""The processes of a run that a launcher started: which one writes, and what all of them must agree on."""
+"""The processes of a run that a launcher started: which one writes, what all of them must agree on, and how they share
+a model out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 Value = TypeVar("Value")
+
+# Parameters, at least, that are gathered at a time: small blocks are not worth an exchange each.
+GATHERED = 2**23
 
 
 def start(local_rank: int, cpu: bool) -> None:
     """Join the other processes, through gloo on a CPU and NCCL on GPUs, of which each process takes one."""
-    if not cpu:
+    if cpu:
+        dist.init_process_group("gloo")
+    else:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("gloo" if cpu else "nccl")
+        dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
 
 
 def leave() -> None:
@@ -67,3 +78,143 @@ def average(tensors: Sequence[Tensor]) -> list[Tensor]:
     flat = mean(torch.cat([tensor.flatten() for tensor in tensors]))
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Put the mean over the processes in the place of every gradient of a module, in a single exchange."""
+    held = [value for value in module.parameters() if value.grad is not None]
+    for value, gradient in zip(held, average([cast(Tensor, value.grad) for value in held]), strict=True):
+        value.grad = gradient
+
+
+def shard(module: nn.Module, device: torch.device, *methods: str, last: int | None = None) -> None:
+    """Leave each process with its part of every parameter, on ``device``: FSDP2.
+
+    The parameters of a few blocks are whole while these compute, those outside the blocks from the forward pass to the
+    end of the backward pass; gradients are means over the processes. What is frozen outside the blocks stays whole, so
+    that it may be used by itself.
+
+    Args:
+        module: on any device; its blocks are its largest list of modules.
+        device: of this process.
+        methods: that are called in the place of forward, too.
+        last: the block of which backward may ask for more than the gradient of its output, by default the last one; it
+            and those behind it, whose output may then have no gradient, stay whole until backward.
+    """
+    # It is about B and C, which Vim's blocks return: nobody writes into them.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(device.type, (count(),))
+    for group, is_let_go in _groups(module, last):
+        fully_shard(group, mesh=mesh, reshard_after_forward=is_let_go)
+    frozen = {value for value in module.parameters() if not isinstance(value, DTensor) and not value.requires_grad}
+    for value in frozen:
+        value.data = value.data.to(device)
+    fully_shard(module, mesh=mesh, ignored_params=frozen)
+    for method in methods:
+        register_fsdp_forward_method(module, method)
+
+
+def reshard(module: nn.Module) -> None:
+    """Let go of what a forward pass without a backward pass has left whole, before the parameters change."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+@contextmanager
+def kept_whole(module: nn.Module, last: int | None = None) -> Iterator[None]:
+    """All parameters that a pass inside gathers stay whole until the end, to be differentiated by; ``last`` as it was
+    for :func:`shard`."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    _let_go(module, False, last)
+    try:
+        yield
+    finally:
+        _let_go(module, True, last)
+        reshard(module)
+
+
+def make_whole(module: nn.Module) -> None:
+    """Put the whole parameters back into a module, on the CPU, that is to be saved; a sharded one runs no more."""
+    if not isinstance(module, FSDPModule):
+        module.cpu()
+        return
+    reshard(module)
+    made: dict[int, nn.Parameter] = {}  # a parameter may have two places
+    for part in module.modules():
+        for name, value in list(part.named_parameters(recurse=False)):
+            if id(value) not in made:
+                made[id(value)] = nn.Parameter(whole(value.detach()), value.requires_grad)
+            setattr(part, name, made[id(value)])
+
+
+def whole(value: Any) -> Any:
+    """All of a tensor of which this process has a part, on the CPU; every process must ask for it."""
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint of a module holds, whole, each tensor under one of its names; every process must ask for it."""
+    held: dict[int, tuple[str, Tensor]] = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        held.setdefault(id(value), (name, value))
+    return {name: whole(value.detach()).contiguous() for name, value in held.values()}
+
+
+def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Take over what :func:`weights` gave, strictly: of a sharded module, the part of this process."""
+    held = module.state_dict(keep_vars=True)
+    given = {id(held[name]): value for name, value in state.items() if name in held}
+    named = {name: given[id(value)] for name, value in held.items() if id(value) in given}
+    module.load_state_dict({name: _like(value, held.get(name)) for name, value in {**state, **named}.items()})
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a checkpoint of an optimiser holds, whole; every process must ask for it."""
+    state = optimizer.state_dict()
+    of_each = {index: {name: whole(value) for name, value in held.items()} for index, held in state["state"].items()}
+    return {**state, "state": of_each}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take over what :func:`optimizer_state` gave: of sharded parameters, the part of this process."""
+    values = [value for group in optimizer.param_groups for value in group["params"]]
+    of_each = {
+        index: {name: _like(value, values[index]) for name, value in held.items()}
+        for index, held in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": of_each})
+
+
+def _like(value: Any, held: Tensor | None) -> Any:
+    """This process' part of ``value``, where it has a part of ``held``."""
+    if not isinstance(held, DTensor) or not isinstance(value, Tensor) or value.shape != held.shape:
+        return value
+    return distribute_tensor(value.to(held.device), held.device_mesh, held.placements, src_data_rank=None)
+
+
+def _let_go(module: FSDPModule, after: bool, last: int | None) -> None:
+    """Whether a pass lets go of what it has gathered."""
+    module.set_reshard_after_backward(after)
+    for group, is_let_go in _groups(cast(nn.Module, module), last):
+        for block in group if is_let_go else ():
+            block.set_reshard_after_forward(after)
+
+
+def _groups(module: nn.Module, last: int | None) -> list[tuple[list[Any], bool]]:
+    """Blocks that are gathered together, and whether forward lets go of them: they are all before ``last``."""
+    lists = [part for part in module.modules() if isinstance(part, (nn.ModuleList, nn.Sequential))]
+    blocks = list(max(lists, key=_size, default=()))
+    groups: list[list[Any]] = []
+    for block in blocks:
+        if not groups or sum(map(_size, groups[-1])) >= GATHERED:
+            groups.append([])
+        groups[-1].append(block)
+    before = blocks[: len(blocks) - 1 if last is None else last]
+    return [(group, group[-1] in before) for group in groups]
+
+
+def _size(module: nn.Module) -> int:
+    return sum(value.numel() for value in module.parameters())

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import timm.data
 import timm.optim
 import timm.utils
+import torch
 from timm.data.mixup import mixup_target
 from torch import Tensor, nn
 
+import cab.processes as processes
 from cab.config import DataConfig
 from cab.distill.task import DistillationTask
 
@@ -42,7 +44,7 @@ class AveragedWeights:
     """The running average of all that a task trains, by timm's ModelEmaV3; its decay starts low and rises.
 
     Args:
-        task: on its device.
+        task: on its device, sharded or not: its averages are as its parameters.
         decay: the highest.
     """
 
@@ -54,32 +56,38 @@ class AveragedWeights:
         """Take in the weights after ``step`` steps."""
         self.ema.update(self._trained(), step=step)
 
-    @property
-    def module(self) -> nn.Module:
-        """Holds the averages, for a checkpoint."""
-        return self.ema.module
+    def weights(self) -> dict[str, Tensor]:
+        """The averages, whole, for a checkpoint; every process must ask for them."""
+        names = (name for name, _ in self.task.named_parameters())
+        return dict(zip(names, processes.weights(self.ema.module).values(), strict=True))
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take over what :meth:`weights` gave."""
+        names = (name for name, _ in self.task.named_parameters())
+        processes.load_weights(self.ema.module, {str(place): state[name] for place, name in enumerate(names)})
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The task runs on the averages inside."""
-        own = dict(self._trained().items())
-        self._put(dict(cast(Any, self.module).items()))
+        self._swap()
         try:
             yield
         finally:
-            self._put(own)
+            self._swap()
 
     def keep(self) -> None:
-        """Copy the averages into the task, at the end of its training."""
-        self._trained().load_state_dict(self.module.state_dict())
+        """Put the averages into the task, at the end of its training."""
+        self._swap()
 
-    def _trained(self) -> nn.ModuleDict:
-        held = {"student": self.task.student, "bridges": self.task.bridges}
-        return nn.ModuleDict({name: module for name, module in held.items() if module is not None})
+    def _trained(self) -> nn.ParameterList:
+        return nn.ParameterList(self.task.parameters())
 
-    def _put(self, modules: dict[str, nn.Module]) -> None:
-        for name, module in modules.items():
-            setattr(self.task, name, module)
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for own, average in zip(self.task.parameters(), self.ema.module.parameters(), strict=True):
+            kept = own.clone()
+            own.copy_(average)
+            average.copy_(kept)
 
 
 def layer_decay_groups(

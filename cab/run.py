@@ -256,12 +256,10 @@ class Run(ABC):
             self.save_data()
             say(self.describe())
         rows = []
-        teacher = None
         if any(map(needs_teacher, arms.values())):
-            row, teacher = self._teacher()
-            rows.append(row)
+            rows.append(self._teacher())
         for name, arm in arms.items():
-            rows.append(self._arm(name, arm, teacher))
+            rows.append(self._arm(name, arm))
         if self.writes:
             self._report(rows, say)
         return rows
@@ -289,11 +287,11 @@ class Run(ABC):
             with torch.no_grad():
                 task(**sample)
 
-    def _teacher(self) -> tuple[Row, nn.Module]:
-        """The teacher's row and the teacher, trained on the full training split first where the run asks for that."""
+    def _teacher(self) -> Row:
+        """The teacher's row; it is trained on the full training split first where the run asks for that."""
         config, folder = self.config, self.folder / "teacher"
         if (folder / RESULT).is_file():
-            return Row(**json.loads((folder / RESULT).read_text())), self.teacher_model(bool(config.teacher.steps))
+            return Row(**json.loads((folder / RESULT).read_text()))
         model = self.teacher_model()
         if config.teacher.steps:
             optim = dataclasses.replace(config.optim, steps=config.teacher.steps, lr=config.teacher.lr)
@@ -301,22 +299,24 @@ class Run(ABC):
             task = self.supervised_task(model)
             trainer = TaskTrainer(task, plan, folder, self.full, self.test, "teacher", self.mix)
             outcome = trainer.run(resume=True)
-            model.cpu()
+            processes.make_whole(task)
             if self.writes:
                 self.save_teacher(model)
             row = self._row("teacher", outcome)
         else:
             row = self._measured("teacher", model, folder)
         self._keep(row, folder)
-        return row, model
+        return row
 
-    def _arm(self, name: str, config: RunConfig, teacher: nn.Module | None) -> Row:
+    def _arm(self, name: str, config: RunConfig) -> Row:
         folder = self.folder / name
         if (folder / RESULT).is_file():
             return Row(**json.loads((folder / RESULT).read_text()))
-        task = self.distillation_task(config, teacher if needs_teacher(config) else None)
+        processes.wait()  # until the first has written the teacher
+        teacher = self.teacher_model(bool(config.teacher.steps)) if needs_teacher(config) else None
+        task = self.distillation_task(config, teacher)
         outcome = TaskTrainer(task, config, folder, self.train, self.test, name, self.mix).run(resume=True)
-        task.cpu()
+        processes.make_whole(task)
         if self.writes:
             self.save_student(task, folder)
         row = self._row(name, outcome)

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, default_collate
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
@@ -55,8 +57,8 @@ class TaskTrainer(Trainer):
     Adds to ``Trainer``: decay groups that spare what decay would spoil, the alignment's schedule, every loss term in
     the logs without a synchronisation a step, an order of the data that lasts the whole run, samples that depend on
     their turn alone, averaged weights, checkpoints that are whole or not there, hold no pickled arguments and load
-    strictly, and a ``metrics.jsonl`` that a resumed run continues. Several processes share every batch: the run is the
-    same as that of one process.
+    strictly, and a ``metrics.jsonl`` that a resumed run continues. Several processes share every batch, and where the
+    configuration says so the models, too: the run is the same as that of one process.
 
     Args:
         task: what is trained.
@@ -91,6 +93,7 @@ class TaskTrainer(Trainer):
         self._agreement: GradientAgreement | None = None
         self._first_bad: Tensor | None = None  # the step of the first loss that was no number, -1 before
         self._logged = (0, 0.0)  # step and seconds
+        self.shards = config.shard and processes.count() > 1
         super().__init__(
             model=task,
             args=_arguments(config, folder, task.aligns),
@@ -107,13 +110,15 @@ class TaskTrainer(Trainer):
                 *([Wandb(folder, config)] if config.wandb else []),
             ],
         )
+        if self.shards:  # nothing is left for DDP to wrap
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.remove_callback(PrinterCallback)
         set_seed(self.args.seed + processes.rank())  # each process drops and mixes in its own way
         self.averaged = AveragedWeights(task, config.optim.ema) if config.optim.ema else None
         if self.averaged:
             self.add_callback(_Average(self.averaged))
         self.graphed: Callable[..., dict[str, Tensor]] | None = None
-        if config.graph and self.args.device.type == "cuda":
+        if config.graph and not self.shards and self.args.device.type == "cuda":
             dtype = torch.bfloat16 if self.args.bf16 else torch.float32
             self.graphed = GraphedStep(task, dtype, self.args.gradient_accumulation_steps)
 
@@ -131,6 +136,15 @@ class TaskTrainer(Trainer):
         return Outcome(
             {name: test[name] for name in MEASURES if name in test}, seconds, samples * self.args.world_size / seconds
         )
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self.shards:
+            super()._move_model_to_device(model, device)
+            return
+        task = cast(DistillationTask, model)
+        if task.teacher is not None and not task.teacher.stays:
+            processes.shard(task.teacher, device)
+        processes.shard(task, device, "compare_gradients", last=task.last_aligned)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Matrices and convolutions; not A_log, D, biases, norms, position embeddings or tokens."""
@@ -160,10 +174,7 @@ class TaskTrainer(Trainer):
         outputs = self.graphed(**inputs)
         self._count(outputs)
         if self.accelerator.sync_gradients:  # the graph goes past DDP
-            held = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-            means = processes.average([cast(Tensor, parameter.grad) for parameter in held])
-            for parameter, gradient in zip(held, means, strict=True):
-                parameter.grad = gradient
+            processes.average_gradients(cast(nn.Module, self.model))
         return outputs["loss"] / self.args.gradient_accumulation_steps
 
     def compute_loss(
@@ -185,7 +196,7 @@ class TaskTrainer(Trainer):
         if not wanted or step == self._compared_at or not AdaptiveTrust.is_due(step, self.state.max_steps):
             return
         self._compared_at = step
-        with self.accelerator.autocast(), _unchanged(task):
+        with self.accelerator.autocast(), _unchanged(task), processes.kept_whole(task, task.last_aligned):
             self._agreement = task.compare_gradients(**inputs)
         if task.trust is not None:
             task.trust.observe(self._agreement.cosine)
@@ -223,7 +234,9 @@ class TaskTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.metrics.paused(), self.averaged.in_place() if self.averaged else nullcontext():
-            return super().evaluate(*args, **kwargs)
+            measured = super().evaluate(*args, **kwargs)
+            processes.reshard(cast(nn.Module, self.model))
+        return measured
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "learning_rate" in logs and self._passes:
@@ -302,18 +315,39 @@ class TaskTrainer(Trainer):
                 shutil.rmtree(old)
         processes.wait()
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_model(self.model, str(folder / WEIGHTS))  # embeddings may be tied to the head
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        files = {WEIGHTS: processes.weights(cast(nn.Module, self.model))}
         if self.averaged:
-            safetensors.torch.save_model(self.averaged.module, str(folder / AVERAGED))
+            files[AVERAGED] = self.averaged.weights()
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, state in files.items():
+                safetensors.torch.save_file(state, folder / name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        safetensors.torch.load_model(self.model if model is None else model, folder / WEIGHTS)
+        processes.load_weights(cast(nn.Module, self.model), safetensors.torch.load_file(folder / WEIGHTS))
         if self.averaged:
-            safetensors.torch.load_model(self.averaged.module, folder / AVERAGED)
+            self.averaged.load(safetensors.torch.load_file(folder / AVERAGED))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        states = {
+            OPTIMIZER_NAME: processes.optimizer_state(cast(Any, self.optimizer)),
+            SCHEDULER_NAME: cast(Any, self.lr_scheduler).state_dict(),
+        }
+        if self.args.should_save:
+            for name, state in states.items():
+                torch.save(state, Path(output_dir) / name)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            optimizer, scheduler = (
+                torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+                for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+            )
+            processes.load_optimizer_state(cast(Any, self.optimizer), optimizer)
+            cast(Any, self.lr_scheduler).load_state_dict(scheduler)
 
 
 class _Advance(TrainerCallback):
@@ -388,6 +422,7 @@ def _arguments(config: RunConfig, folder: Path, aligns: bool) -> TrainingArgumen
         dataloader_num_workers=workers,
         dataloader_persistent_workers=workers > 0,
         dataloader_pin_memory=on_gpu,
+        accelerator_config={"non_blocking": on_gpu},  # a copy that waits would wait for the step before it, too
         ddp_backend="gloo" if processes.count() > 1 and not on_gpu else None,
         # DDP must not wait for the gradients of bridges whose weight is 0, or of a head that only the alignment trains.
         ddp_find_unused_parameters=not (config.loss.kl or config.loss.ce)

@@ -463,15 +463,45 @@ def test_wandb_that_is_not_installed(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_sharded_models_are_refused(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            "expected torchrun, or accelerate with launch/ddp.yaml or launch/fsdp2.yaml, got "
+            "ACCELERATE_USE_DEEPSPEED=true: FSDP2 shards what ZeRO-3 would",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
+            "expected FSDP_VERSION=2, as launch/fsdp2.yaml has it, got 1",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+            "expected FSDP_OFFLOAD_PARAMS=false, as launch/fsdp2.yaml has it, got true",
+        ),
+    ],
+    ids=["DeepSpeed", "FSDP1", "offloading"],
+)
+def test_launchers_that_are_refused(
+    settings: dict[str, str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv(name, "true")
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
     assert main([*distill(), "--out", str(tmp_path / "run")]) == 2
-    launchers = "torchrun, or accelerate with launch/ddp.yaml, whose processes hold whole models"
-    assert capsys.readouterr().err.startswith(f"cab distill: expected {launchers}, got {name}=true: bridges, ")
+    assert capsys.readouterr().err == f"cab distill: {message}\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_accelerate_itself_is_not_asked_to_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    (tmp_path / "taken").write_text("")
+    assert main([*distill(), "--out", str(tmp_path)]) == 2
+    assert "ACCELERATE_USE_FSDP" not in os.environ
 
 
 @pytest.mark.parametrize(

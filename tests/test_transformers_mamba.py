@@ -59,6 +59,22 @@ def test_logits_and_gradients_are_within_the_error_budget_of_the_fallback(family
         check(name, gradients[name], own[name], exact)
 
 
+@pytest.mark.parametrize("options", [{}, {"residual_in_fp32": False}], ids=["stream-float32", "stream-bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_in_bfloat16_give_dtypes_and_logits_of_transformers(family: str, options: dict) -> None:
+    """The norm takes the stream in its weights' dtype, as transformers does."""
+    ids, mask = batch()
+    own, ours = make(family, **options).bfloat16(), use_cab_kernels(make(family, **options).bfloat16())
+    with torch.no_grad():
+        exact = make(family, **options)(ids, attention_mask=mask).logits[mask.bool()]
+        expected, got = (model(ids, attention_mask=mask, output_hidden_states=True) for model in (own, ours))
+    assert [hidden.dtype for hidden in got.hidden_states] == [hidden.dtype for hidden in expected.hidden_states]
+    budget = (
+        2 * (expected.logits[mask.bool()] - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    )
+    assert (got.logits[mask.bool()] - exact).abs().max() <= budget
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generates_the_same_tokens_one_step_at_a_time(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
@@ -122,6 +138,8 @@ def test_checkpoints_stay_those_of_transformers(tmp_path) -> None:
 def test_twice_is_as_good_as_once() -> None:
     model = use_cab_kernels(make("mamba"))
     assert use_cab_kernels(model) is model
+    kinds = {type(module).__name__ for module in model.modules() if "Mamba" in type(module).__name__}
+    assert kinds == {"MambaForCausalLM", "MambaModel", "KernelMambaBlock", "KernelMambaMixer", "KernelMambaRMSNorm"}
     run(model)
 
 

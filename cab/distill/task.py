@@ -131,6 +131,11 @@ class DistillationTask(nn.Module):
         return self.bridges is not None
 
     @property
+    def last_aligned(self) -> int | None:
+        """The place of the last of the student's blocks that the alignment reaches; None without one."""
+        return self.student.last_mamba if self.aligns else None
+
+    @property
     def aligns_alone(self) -> bool:
         """Whether the alignment is the whole loss at this step."""
         return self.schedule.kind == "stages" and self.aligns and self.alignment_weight > 0

@@ -100,6 +100,10 @@ class LanguageStudent(PlainLanguageModel):
     def mamba_layers(self) -> int:
         return len(self._mixers())
 
+    @property
+    def last_mamba(self) -> int:
+        return max(self._mixers())
+
     def start_at_linear_attention(self) -> None:
         """Set A ~ 0: the decay of a step rounds to 1, and the scan starts as linear attention (arXiv:2510.19266)."""
         for mixer in self._mixers().values():

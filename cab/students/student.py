@@ -34,6 +34,11 @@ class Student(nn.Module):
         """Mamba blocks: all of them, unless the student keeps attention in some."""
         return self.num_layers
 
+    @property
+    def last_mamba(self) -> int:
+        """The place of the last Mamba block among all."""
+        return self.num_layers - 1
+
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay would spoil, A above all: decay undoes A ~ 0."""
         raise NotImplementedError

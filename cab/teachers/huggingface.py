@@ -48,7 +48,7 @@ class HuggingFaceTeacher(Teacher):
     def __init__(self, model: nn.Module) -> None:
         config: Any = model.config
         super().__init__(model, config.name_or_path or type(model).__name__)
-        self._stays = getattr(model, "is_quantized", False) or hasattr(model, "hf_device_map")
+        self.stays = getattr(model, "is_quantized", False) or hasattr(model, "hf_device_map")
         text = config.get_text_config()
         if not getattr(text, "num_attention_heads", None):
             raise self._refusal("it has no attention heads")
@@ -116,7 +116,7 @@ class HuggingFaceTeacher(Teacher):
         return logits_of(self.model, hidden.to(self._device)).to(hidden.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HuggingFaceTeacher:
-        return self if self._stays else super()._apply(fn, recurse)
+        return self if self.stays else super()._apply(fn, recurse)
 
     @property
     def _device(self) -> torch.device:

@@ -26,8 +26,10 @@ class Teacher(nn.Module):
         name: what messages call it.
         num_layers: attention layers.
         key_width, query_width: heads * head_dim of K and of Q.
+        stays: the model stays where it is and as it is, whatever is done to the task.
     """
 
+    stays = False
     model: nn.Module
     name: str
     num_layers: int

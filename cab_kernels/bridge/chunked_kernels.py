@@ -1,13 +1,21 @@
 """The bridge loss for bridges too large for the chip: cuBLAS products over chunks of tokens, with Triton between them.
 
-For each chunk, with buffers Z, H (chunk, hidden) and R (chunk, width) in the products' dtype:
+A chunk goes in steps, with buffers Z (step, hidden), H and dZ (chunk, hidden) and R (chunk, width) in the products'
+dtype. For each step, and then once for the chunk:
 
-    Z = X w1^T        H = silu(Z + b1)        R = H w2^T, then R + b2 - target in place, with squares and db2
-    dw2 += R^T H      H = R w2, then times silu'(Z + b1) in place, with db1         dw1 += H^T X        dX = H w1
+    Z = X w1^T     H = silu(Z + b1)     R = H w2^T, then R + b2 - target in place, with squares and db2
+    dZ = R w2, then times silu'(Z + b1) in place, with db1     dX = dZ w1
+    dw2 += R^T H     dw1 += dZ^T X
 
-Weight gradients accumulate in float32 through all chunks. Small bridges go several at a time through batched products;
-cuBLAS gives each matrix of a batch few multiprocessors, so the tokens of their weight gradients are split as well.
-As in the fused kernels, gradients are those of ``squares / 2``, and sums over programs go through partial buffers.
+A step is small, so that what one launch leaves is still in the L2 cache when the next one reads it; a chunk is large,
+because each one reads and writes the float32 weight gradients, which accumulate through all chunks.
+
+Where dZ is no wider than dX, it is kept in dX's stead, and backward makes dX by a product with the scaled w1: that
+saves a pass over dX, and a rounding. float16 could not hold a w1 that is scaled so.
+
+Small bridges go several at a time through batched products; cuBLAS gives each matrix of a batch few multiprocessors, so
+the tokens of their weight gradients are split as well. As in the fused kernels, gradients are those of ``squares / 2``,
+and sums over programs go through partial buffers.
 """
 
 from __future__ import annotations
@@ -19,17 +27,28 @@ import torch
 import triton
 import triton.language as tl
 
-from cab_kernels.bridge.device_kernels import sigmoid
-from cab_kernels.bridge.matching_kernels import Call, cdiv, load_target, match_tokens, matching, pick, processors
+from cab_kernels.bridge.device_kernels import tanh_like
+from cab_kernels.bridge.matching_kernels import (
+    Call,
+    Partials,
+    cdiv,
+    is_nvidia_bf16,
+    load_target,
+    match_tokens,
+    matching,
+    pick,
+    processors,
+)
 
-CHUNK_TOKENS = 12288  # dw's read-modify-write then costs 3 % of its products
-CHUNK_BYTES = 128 * 2**20
+CHUNK_TOKENS = 17408  # dw's read-modify-write costs 2 % of its products then, and 6 % in chunks a third as large
+CHUNK_BYTES, SMALL_CHUNK_BYTES = 64 * 2**20, 128 * 2**20
+STEP_BYTES = 18 * 2**20  # of the widest buffer
 TILE = (128, 256)  # what cuBLAS gives a multiprocessor at a time
 BATCHED_WEIGHT = 512 * 512  # hidden * max(d_state, width)
 BATCHED_BRIDGES = 8
 # Of a chunk's tokens, for the weight gradients of small bridges. Chosen by arithmetic, not timed against other splits.
 SPLITS, SPLIT_BYTES = 32, 16 * 2**20
-BLOCK_ROWS, BLOCK_COLUMNS, ROWS = 32, 128, 64  # a program of a reduction walks over ROWS tokens
+BLOCK_ROWS, BLOCK_COLUMNS = 64, 64
 
 
 @triton.jit
@@ -72,16 +91,28 @@ def _chunk_x_kernel(
 
 
 @triton.jit
-def _chunk_silu_kernel(z_ptr, b1_ptr, h_ptr, chunk, hidden_size, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """h = silu(z + b1) of one block."""
-    slot = tl.program_id(2)
+def _chunk_silu_kernel(
+    z_ptr,
+    b1_ptr,
+    h_ptr,
+    chunk,
+    hidden_size,
+    stride_z_slot,
+    stride_h_slot,
+    NVIDIA_BF16: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """h = silu(z + b1) of one block, which is u (1 + tanh u) with u = (z + b1) / 2."""
+    slot = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    offs = ((slot.to(tl.int64) * chunk + row) * hidden_size)[:, None] + cols[None, :]
+    offs = (row.to(tl.int64) * hidden_size)[:, None] + cols[None, :]
     mask = (row < chunk)[:, None] & (cols < hidden_size)[None, :]
     b1 = tl.load(b1_ptr + slot * hidden_size + cols, mask=cols < hidden_size, other=0.0).to(tl.float32)
-    z = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32) + b1[None, :]
-    tl.store(h_ptr + offs, (z * sigmoid(z)).to(h_ptr.dtype.element_ty), mask=mask)
+    u = 0.5 * (tl.load(z_ptr + slot * stride_z_slot + offs, mask=mask, other=0.0).to(tl.float32) + b1[None, :])
+    h = u + u * tanh_like(u, NVIDIA_BF16)
+    tl.store(h_ptr + slot * stride_h_slot + offs, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -112,148 +143,163 @@ def _chunk_residual_kernel(
     stride_mean_target,
     stride_mask_bridge,
     stride_index_bridge,
-    stride_db2_bridge,
-    stride_squares_bridge,
+    stride_r_slot,
+    parts,
     HAS_MASK: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     HAS_HEADS: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """R + b2 - target over ROWS tokens and BLOCK_COLUMNS channels, in place, with the sums of r and of r^2."""
+    """R + b2 - target of one block, in place, with the sums of r over its tokens and of r^2."""
     slot = tl.program_id(2)
     bridge = first_bridge + slot
     which = bridge // (bridges // len(targets))
     target_ptr = pick(targets, which)
     cols = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     b2 = tl.load(b2_ptr + bridge * width + cols, mask=cols < width, other=0.0).to(tl.float32)
-    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    squares = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    penalties = tl.zeros((BLOCK_ROWS,), tl.float32)
-    count = tl.zeros((BLOCK_ROWS,), tl.int32)
-    for start in range(0, ROWS, BLOCK_ROWS):
-        row = tl.program_id(0) * ROWS + start + tl.arange(0, BLOCK_ROWS)
-        batch, _, source, counted, penalty = match_tokens(
-            tl.where(row < chunk, first_token + row, tokens), bridge, tokens, length, target_length, mask_ptr,
-            index_ptr, stride_mask_bridge, stride_index_bridge, HAS_MASK, HAS_INDEX,
-        )  # fmt: skip
-        count += counted.to(tl.int32)
-        penalties += penalty
-        target = load_target(
-            target_ptr + batch * stride_target_batch + source * stride_target_token, counted, cols,
-            mean_ptr, rstd_ptr, which * stride_mean_target, width, head_dim,
-            stride_target_head, stride_target_dim, HAS_HEADS, HAS_STATISTICS,
-        )  # fmt: skip
-        r_ptrs = r_ptr + ((slot.to(tl.int64) * chunk + row) * width)[:, None] + cols[None, :]
-        mask = (row < chunk)[:, None] & (cols < width)[None, :]
-        r = tl.load(r_ptrs, mask=mask, other=0.0).to(tl.float32) + b2[None, :] - target
-        r = tl.where(counted[:, None] & (cols < width)[None, :], r, 0.0)
-        sums += r
-        squares += r * r
-        tl.store(r_ptrs, r.to(r_ptr.dtype.element_ty), mask=mask)
-    part = tl.program_id(0)
-    tl.store(db2_ptr + slot * stride_db2_bridge + part * width + cols, tl.sum(sums, 0), mask=cols < width)
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    batch, _, source, counted, penalty = match_tokens(
+        tl.where(row < chunk, first_token + row, tokens), bridge, tokens, length, target_length, mask_ptr,
+        index_ptr, stride_mask_bridge, stride_index_bridge, HAS_MASK, HAS_INDEX,
+    )  # fmt: skip
+    target = load_target(
+        target_ptr + batch * stride_target_batch + source * stride_target_token, counted, cols,
+        mean_ptr, rstd_ptr, which * stride_mean_target, width, head_dim,
+        stride_target_head, stride_target_dim, HAS_HEADS, HAS_STATISTICS,
+    )  # fmt: skip
+    r_ptrs = r_ptr + slot.to(tl.int64) * stride_r_slot + (row.to(tl.int64) * width)[:, None] + cols[None, :]
+    mask = (row < chunk)[:, None] & (cols < width)[None, :]
+    r = tl.load(r_ptrs, mask=mask, other=0.0).to(tl.float32) + b2[None, :] - target
+    r = tl.where(counted[:, None] & (cols < width)[None, :], r, 0.0)
+    tl.store(r_ptrs, r.to(r_ptr.dtype.element_ty), mask=mask)
+    part = bridge.to(tl.int64) * parts + first_token // BLOCK_ROWS + tl.program_id(0)
+    tl.store(db2_ptr + part * width + cols, tl.sum(r, 0), mask=cols < width)
     part = part * tl.num_programs(1) + tl.program_id(1)
-    tl.store(squares_ptr + slot * stride_squares_bridge + part, tl.sum(squares) + tl.sum(penalties))
+    tl.store(squares_ptr + part, tl.sum(r * r) + tl.sum(penalty))
     # Each block of channels sees the same tokens: the first one counts them.
-    counted_here = tl.where(tl.program_id(1) == 0, tl.sum(count), 0)
-    tl.store(counts_ptr + slot * stride_squares_bridge + part, counted_here)
+    tl.store(counts_ptr + part, tl.where(tl.program_id(1) == 0, tl.sum(counted.to(tl.int32)), 0))
 
 
 @triton.jit
 def _chunk_slope_kernel(
     z_ptr,
     b1_ptr,
-    dh_ptr,
+    dz_ptr,
     db1_ptr,
+    first_bridge,
+    first_token,
     chunk,
     hidden_size,
-    stride_db1_bridge,
-    ROWS: tl.constexpr,
+    stride_z_slot,
+    stride_dz_slot,
+    parts,
+    NVIDIA_BF16: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """dh times silu'(z + b1) over ROWS tokens of BLOCK_COLUMNS channels, in place, with its sums over tokens."""
-    slot = tl.program_id(2)
+    """The hidden layer's gradient times silu'(z + b1) of one block, in place, with its sums over tokens."""
+    slot = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    offs = (row.to(tl.int64) * hidden_size)[:, None] + cols[None, :]
+    mask = (row < chunk)[:, None] & (cols < hidden_size)[None, :]
+    dz_ptrs = dz_ptr + slot * stride_dz_slot + offs
     b1 = tl.load(b1_ptr + slot * hidden_size + cols, mask=cols < hidden_size, other=0.0).to(tl.float32)
-    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    for start in range(0, ROWS, BLOCK_ROWS):
-        row = tl.program_id(0) * ROWS + start + tl.arange(0, BLOCK_ROWS)
-        offs = ((slot.to(tl.int64) * chunk + row) * hidden_size)[:, None] + cols[None, :]
-        mask = (row < chunk)[:, None] & (cols < hidden_size)[None, :]
-        z = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32) + b1[None, :]
-        s = sigmoid(z)
-        dz = tl.load(dh_ptr + offs, mask=mask, other=0.0).to(tl.float32) * s * (1.0 + z * (1.0 - s))
-        sums += dz
-        tl.store(dh_ptr + offs, dz.to(dh_ptr.dtype.element_ty), mask=mask)
-    db1_row = db1_ptr + slot * stride_db1_bridge + tl.program_id(0) * hidden_size
-    tl.store(db1_row + cols, tl.sum(sums, 0), mask=cols < hidden_size)
+    u = 0.5 * (tl.load(z_ptr + slot * stride_z_slot + offs, mask=mask, other=0.0).to(tl.float32) + b1[None, :])
+    s = 1.0 + tanh_like(u, NVIDIA_BF16)
+    dz = tl.load(dz_ptrs, mask=mask, other=0.0).to(tl.float32) * (0.5 * (s + u * s * (2.0 - s)))
+    tl.store(dz_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    part = (first_bridge + slot) * parts + first_token // BLOCK_ROWS + tl.program_id(0)
+    tl.store(db1_ptr + part * hidden_size + cols, tl.sum(dz, 0), mask=cols < hidden_size)
 
 
 def bridge_mse_chunked(
-    call: Call, dx: torch.Tensor | None, totals: torch.Tensor | None, needs_w1: bool, needs_w2: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write ``dx`` (bridges, batch, length, d_state), contiguous, and ``totals`` where given.
+    call: Call, kept: torch.Tensor | None, totals: torch.Tensor | None, needs_w1: bool, needs_w2: bool
+) -> Partials:
+    """Write ``kept``, (bridges, batch, length, ...), contiguous, and the products of ``totals`` where given.
 
-    Returns:
-        squares and counts, (bridges, parts) each.
+    ``kept`` is dx or, where it ``is_deferred``, dz.
     """
     bridges, hidden, d_state, width = call.sizes
     x, tokens = call.xs[0], call.tokens
-    small = is_small(hidden, d_state, width)
+    deferred, small = is_deferred(hidden, d_state, x.dtype), is_small(hidden, d_state, width)
     group = min(bridges, BATCHED_BRIDGES) if small else 1
-    token_bytes = group * (2 * hidden + width) * x.element_size()
-    chunk = choose_chunk(tokens, token_bytes, group * max(hidden, width), processors(x.device))
-    chunks, parts = cdiv(tokens, chunk), cdiv(chunk, ROWS)
-    # Zeros, because a shorter last chunk leaves parts unwritten.
-    squares = x.new_zeros((bridges, chunks, parts * cdiv(width, BLOCK_COLUMNS)), dtype=torch.float32)
-    counts = torch.zeros_like(squares, dtype=torch.int32)
-    db1 = x.new_zeros((group, chunks, parts, hidden), dtype=torch.float32)
-    db2 = x.new_zeros((group, chunks, parts, width), dtype=torch.float32)
-    buffers = [x.new_empty(group * chunk * size) for size in (hidden, hidden, width)]
+    walks_back = needs_w1 or kept is not None
+    dz_size = 0 if deferred and kept is not None or not walks_back else hidden
+    buffers_size = hidden + width + dz_size + (hidden if small else 0)
+    chunk, step = choose_chunk(
+        tokens,
+        group * buffers_size * x.element_size(),
+        group * max(hidden, width),
+        x.element_size(),
+        processors(x.device),
+        small,
+    )
+    parts = cdiv(tokens, BLOCK_ROWS)
+    squares = x.new_empty((bridges, parts * cdiv(width, BLOCK_COLUMNS)), dtype=torch.float32)
+    counts = torch.empty_like(squares, dtype=torch.int32)
+    db1 = x.new_empty((bridges, parts, hidden), dtype=torch.float32) if walks_back else None
+    db2 = x.new_empty((bridges, parts, width), dtype=torch.float32)
+    sizes = (hidden, width, dz_size)
+    z_buffer = x.new_empty(group * step * hidden)
+    buffers = [x.new_empty(group * chunk * size) for size in sizes]
     where = matching(call)
+    nvidia_bf16 = is_nvidia_bf16(x)
     for first in range(0, bridges, group):
         part = slice(first, min(first + group, bridges))
+        w1, w2, b1 = call.w1[part].to(x.dtype), call.w2[part].to(x.dtype), call.b1[part]
         grads = None if totals is None else _Gradients(totals[part], hidden, d_state, width)
-        w1, w2 = call.w1[part].to(x.dtype), call.w2[part].to(x.dtype)
-        for number, start in enumerate(range(0, tokens, chunk)):
+        of_part = None if kept is None else kept[part].flatten(1, 2)
+        for start in range(0, tokens, chunk):
             stop = min(start + chunk, tokens)
-            z, h, r = (
-                buffer[: len(w1) * (stop - start) * size].view(len(w1), stop - start, size)
-                for buffer, size in zip(buffers, (hidden, hidden, width), strict=True)
-            )
             xc = _chunk_x(call, where, part, slice(start, stop))
-            _multiply(xc, w1.mT, z)
-            _launch(_chunk_silu_kernel, h, BLOCK_ROWS, z_ptr=z, b1_ptr=call.b1[first:], h_ptr=h, hidden_size=hidden)
-            _multiply(h, w2.mT, r)
-            _launch(
-                _chunk_residual_kernel, r, ROWS, targets=tuple(call.targets), r_ptr=r, b2_ptr=call.b2,
-                db2_ptr=db2[:, number], squares_ptr=squares[part, number], counts_ptr=counts[part, number],
-                first_bridge=first, first_token=start, bridges=bridges, stride_db2_bridge=db2.stride(0),
-                stride_squares_bridge=squares.stride(0), ROWS=ROWS, **where,
-            )  # fmt: skip
+            hs, rs, dzs = (
+                buffer[: len(w1) * (stop - start) * size].view(len(w1), stop - start, size)
+                for buffer, size in zip(buffers, sizes, strict=True)
+            )
+            if deferred and of_part is not None:
+                dzs = of_part[:, start:stop]
+            for begin in range(0, stop - start, step):
+                now = slice(begin, min(begin + step, stop - start))
+                h, r = hs[:, now], rs[:, now]
+                z = z_buffer[: h.numel()].view(h.shape)
+                _multiply(xc[:, now], w1.mT, z)
+                _launch(
+                    _chunk_silu_kernel, h, z_ptr=z, b1_ptr=b1, h_ptr=h, hidden_size=hidden,
+                    stride_z_slot=z.stride(0), stride_h_slot=h.stride(0), NVIDIA_BF16=nvidia_bf16,
+                )  # fmt: skip
+                _multiply(h, w2.mT, r)
+                _launch(
+                    _chunk_residual_kernel, r, targets=tuple(call.targets), r_ptr=r, b2_ptr=call.b2, db2_ptr=db2,
+                    squares_ptr=squares, counts_ptr=counts, first_bridge=first, first_token=start + begin,
+                    bridges=bridges, stride_r_slot=r.stride(0), parts=parts, **where,
+                )  # fmt: skip
+                if not walks_back:
+                    continue
+                dz = dzs[:, now]
+                _multiply(r, w2, dz)
+                _launch(
+                    _chunk_slope_kernel, dz, z_ptr=z, b1_ptr=b1, dz_ptr=dz, db1_ptr=db1, first_bridge=first,
+                    first_token=start + begin, hidden_size=hidden, stride_z_slot=z.stride(0),
+                    stride_dz_slot=dz.stride(0), parts=parts, NVIDIA_BF16=nvidia_bf16,
+                )  # fmt: skip
+                if of_part is not None and not deferred:
+                    _multiply(dz, w1, of_part[:, start + now.start : start + now.stop])
             if needs_w2:
-                _multiply_tokens(r, h, grads.w2, number > 0, small)
-            if not needs_w1 and dx is None:
-                continue
-            _multiply(r, w2, h)
-            _launch(
-                _chunk_slope_kernel, h, ROWS, z_ptr=z, b1_ptr=call.b1[first:], dh_ptr=h,
-                db1_ptr=db1[:, number], hidden_size=hidden, stride_db1_bridge=db1.stride(0), ROWS=ROWS,
-            )  # fmt: skip
+                _multiply_tokens(rs, hs, grads.w2, start > 0, small)
             if needs_w1:
-                _multiply_tokens(h, xc, grads.w1, number > 0, small)
-            if dx is not None:
-                _multiply(h, w1, dx[part].view(len(w1), tokens, d_state)[:, start:stop])
-        if grads is not None:
-            torch.sum(db1[: len(w1)].flatten(1, 2), 1, out=grads.b1)
-            torch.sum(db2[: len(w1)].flatten(1, 2), 1, out=grads.b2)
+                _multiply_tokens(dzs, xc, grads.w1, start > 0, small)
     if totals is not None and tokens == 0:
         totals.zero_()
-    return squares.flatten(1), counts.flatten(1)
+    return Partials(squares, counts, db1 if needs_w1 else None, db2 if needs_w2 else None)
+
+
+def make_deferred_dx(dz: torch.Tensor, w1: torch.Tensor, factor: torch.Tensor, dx: torch.Tensor) -> None:
+    """Write dx (bridges, batch, length, d_state) from what ``bridge_mse_chunked`` kept, times a factor per bridge."""
+    scaled = (w1 * factor[:, None, None]).to(dz.dtype)
+    _multiply(dz.flatten(1, 2), scaled, dx.flatten(1, 2))
 
 
 def is_small(hidden: int, d_state: int, width: int) -> bool:
@@ -261,16 +307,36 @@ def is_small(hidden: int, d_state: int, width: int) -> bool:
     return hidden * max(d_state, width) <= BATCHED_WEIGHT
 
 
+def is_deferred(hidden: int, d_state: int, compute: torch.dtype) -> bool:
+    """Whether backward makes dx."""
+    return hidden <= d_state and compute != torch.float16
+
+
 @functools.lru_cache
-def choose_chunk(tokens: int, token_bytes: int, channels: int, processors: int) -> int:
-    """Tokens per chunk: as many as the limits allow, so that its products' tiles come to full rounds on the GPU."""
-    most = max(1, min(CHUNK_TOKENS, CHUNK_BYTES // token_bytes))
-    if tokens <= most:
-        return max(1, tokens)
-    round_of_tiles = processors * TILE[0] // cdiv(channels, TILE[1])
-    if most > round_of_tiles:
-        most -= most % round_of_tiles
-    return most if most < TILE[0] else most - most % TILE[0]
+def choose_chunk(
+    tokens: int, token_bytes: int, channels: int, item_size: int, processors: int, small: bool
+) -> tuple[int, int]:
+    """Tokens per chunk and per step: steps whose products' tiles take the fewest rounds on the GPU, as few as may be.
+
+    Args:
+        token_bytes: of the buffers that are as long as a chunk.
+        channels: of the widest of them.
+        small: whether so little is done at a time that launches matter most: as few chunks as may be, one step each.
+    """
+    most_chunk = min(CHUNK_TOKENS, (SMALL_CHUNK_BYTES if small else CHUNK_BYTES) // token_bytes)
+    most = most_chunk if small else min(most_chunk, STEP_BYTES // (channels * item_size))
+    unit = TILE[0] if most >= TILE[0] else BLOCK_ROWS
+
+    def rounds_of(step: int) -> int:
+        return cdiv(cdiv(step, TILE[0]) * cdiv(channels, TILE[1]), processors)
+
+    def cost(step: int) -> tuple[int, int]:
+        steps, rest = divmod(tokens, step)
+        rounds = steps * rounds_of(step) + rounds_of(rest)
+        return (cdiv(tokens, step), rounds) if small else (rounds, cdiv(tokens, step))
+
+    step = min(range(unit, max(most, unit) + 1, unit), key=cost)
+    return (step if small else step * max(1, most_chunk // step)), step
 
 
 class _Gradients:
@@ -311,10 +377,10 @@ def _multiply_tokens(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor,
         torch.sum(products, 1, out=out)
 
 
-def _launch(kernel, value: torch.Tensor, rows: int, **arguments: object) -> None:
-    """Launch over blocks of ``rows`` tokens and BLOCK_COLUMNS channels of ``value`` (bridges, chunk, channels)."""
+def _launch(kernel, value: torch.Tensor, **arguments: object) -> None:
+    """Launch over the blocks of ``value`` (bridges, tokens, channels)."""
     bridges, chunk, channels = value.shape
-    kernel[(cdiv(chunk, rows), cdiv(channels, BLOCK_COLUMNS), bridges)](
+    kernel[(cdiv(chunk, BLOCK_ROWS), cdiv(channels, BLOCK_COLUMNS), bridges)](
         chunk=chunk,
         BLOCK_ROWS=BLOCK_ROWS,
         BLOCK_COLUMNS=BLOCK_COLUMNS,
@@ -338,7 +404,6 @@ def _chunk_x(call: Call, where: dict[str, object], part: slice, chunk: slice) ->
     _launch(
         _chunk_x_kernel,
         out,
-        BLOCK_ROWS,
         xs=tuple(call.xs),
         out_ptr=out,
         first_bridge=part.start,

@@ -1,8 +1,9 @@
 """The bridge loss on a GPU: which kernels run, the ``torch.library`` op, and its gradients.
 
 Everything is done in the forward pass: the loss and, unscaled, the gradients that will be asked for. Backward makes one
-launch, which multiplies them by ``2 * incoming / (counted tokens * width)`` and casts them. So neither the target nor
-anything of the size of the hidden layer is kept. Nothing is scaled in place: a retained graph can be walked again.
+launch, which multiplies them by ``2 * incoming / (counted tokens * width)`` and casts them; for large bridges whose
+hidden layer is no wider than x it also makes dx, by a last product. So neither the target nor anything wider than x is
+kept. Nothing is scaled in place: a retained graph can be walked again.
 
 Symbols of arXiv:2510.19266 and ours: phi_B, phi_C = a bridge; B, C = x; K, Q = target.
 """
@@ -16,13 +17,13 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from cab_kernels.bridge.chunked_kernels import bridge_mse_chunked, is_small
-from cab_kernels.bridge.fused_kernels import MAX_HIDDEN, MAX_WEIGHT, Partials, bridge_mse_fused
-from cab_kernels.bridge.matching_kernels import Call, cdiv, gradient_sizes
+from cab_kernels.bridge.chunked_kernels import bridge_mse_chunked, is_deferred, is_small, make_deferred_dx
+from cab_kernels.bridge.fused_kernels import MAX_HIDDEN, MAX_WEIGHT, bridge_mse_fused
+from cab_kernels.bridge.matching_kernels import Call, Partials, cdiv, gradient_sizes
 
 NEEDS_X, NEEDS_W1, NEEDS_B1, NEEDS_W2, NEEDS_B2 = 1, 2, 4, 8, 16
 FUSED_DTYPES = (torch.bfloat16, torch.float16)  # float32 operands would double every register; cuBLAS does them
-BLOCK, REDUCE_BLOCK = 1024, 256
+BLOCK, REDUCE_BLOCK, REDUCE_SPLITS = 1024, 128, 64
 
 
 @triton.jit
@@ -56,25 +57,28 @@ def _bridge_reduce_kernel(
     outer_size,
     inner_splits,
     outer_splits,
+    inner_end,
+    outer_end,
     parts,
     width,
     BLOCK: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """Sum one block of a bridge's partial gradients over the splits, in order; the first program makes the loss too.
+    """Sum one block of a bridge's partial gradients over the splits, in order; the last program makes the loss.
 
-    Programs are numbered through the inner kernel's and the outer kernel's gradients.
+    Programs are numbered through the inner and the outer gradients, which end at ``inner_end`` and ``outer_end`` of a
+    bridge's row of ``totals``.
     """
     bridge = tl.program_id(1)
-    size = inner_size + outer_size
     first = 0
     if inner_ptr is not None:
-        first = _sum(inner_ptr, totals_ptr, inner_size, inner_splits, size, first, bridge, BLOCK, BLOCK_SPLITS)
+        inner_totals = totals_ptr + inner_end - inner_size
+        first = _sum(inner_ptr, inner_totals, inner_size, inner_splits, outer_end, first, bridge, BLOCK, BLOCK_SPLITS)
     if outer_ptr is not None:
-        totals_ptr += inner_size
-        first = _sum(outer_ptr, totals_ptr, outer_size, outer_splits, size, first, bridge, BLOCK, BLOCK_SPLITS)
-    if tl.program_id(0) == 0:
+        outer_totals = totals_ptr + outer_end - outer_size
+        first = _sum(outer_ptr, outer_totals, outer_size, outer_splits, outer_end, first, bridge, BLOCK, BLOCK_SPLITS)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
         squares = tl.zeros((BLOCK_PARTS,), tl.float64)
         counts = tl.zeros((BLOCK_PARTS,), tl.int64)
         for start in range(0, parts, BLOCK_PARTS):
@@ -145,14 +149,22 @@ def _fused(w1: torch.Tensor, compute: torch.dtype) -> bool:
     return compute in FUSED_DTYPES and hidden <= MAX_HIDDEN and d_state <= widest
 
 
-def _empty_dx(xs: list[torch.Tensor], w1: torch.Tensor, w2: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
-    """A stack of gradients of xs; channels first like x where x is, if the kernel can write that.
+def _deferred(w1: torch.Tensor, compute: torch.dtype) -> bool:
+    """Whether backward makes dx from dz."""
+    return not _fused(w1, compute) and is_deferred(w1.shape[1], w1.shape[2], compute)
 
-    Scaling in backward rounds dx once more. The fused kernels round so little before that this does not matter, and in
-    large bridges it is one rounding among many; in small ones that go through cuBLAS, dx is kept in float32 for it.
+
+def _empty_kept(xs: list[torch.Tensor], w1: torch.Tensor, w2: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
+    """What is kept for the gradients of x: their stack, unscaled, or that of dz where backward makes them from it.
+
+    dx is channels first like x where x is, if the kernel can write that. Scaling in backward rounds it once more. The
+    fused kernels round so little before that this does not matter, and in large bridges it is one rounding among many;
+    in small ones that go through cuBLAS, dx is kept in float32 for it.
     """
     x = xs[0]
     batch, length, d_state = x.shape
+    if _deferred(w1, compute):
+        return x.new_empty((len(xs), batch, length, w1.shape[1]), dtype=compute)
     if _fused(w1, compute):
         if x.stride(1) < x.stride(2):
             return x.new_empty((len(xs), batch, d_state, length), dtype=compute).transpose(2, 3)
@@ -182,7 +194,7 @@ def _forward(
     compute: torch.dtype,
     needs: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses (bridges,), factors (bridges,), unscaled dx (bridges, batch, length, d_state) and weight gradients.
+    """Losses (bridges,), factors (bridges,), what is kept for the gradients of x, and unscaled weight gradients.
 
     ``needs`` says by NEEDS_* which gradients to make; those not made are of size 0, or undefined inside a row.
     """
@@ -200,20 +212,20 @@ def _forward(
             None if target_rstd is None else target_rstd.contiguous(),
         )
         fused = _fused(w1, compute)
-        dx = _empty_dx(xs, w1, w2, compute) if needs & NEEDS_X else None
+        kept = _empty_kept(xs, w1, w2, compute) if needs & NEEDS_X else None
         needs_w1, needs_w2 = bool(needs & (NEEDS_W1 | NEEDS_B1)), bool(needs & (NEEDS_W2 | NEEDS_B2))
         totals = None
         if needs_w1 or needs_w2:
             totals = w1.new_empty((len(xs), sum(gradient_sizes(call))), dtype=torch.float32)
         if fused:
-            partials = bridge_mse_fused(call, dx, needs_w1, needs_w2)
+            partials = bridge_mse_fused(call, kept, needs_w1, needs_w2)
         else:
-            partials = Partials(*bridge_mse_chunked(call, dx, totals, needs_w1, needs_w2))
+            partials = bridge_mse_chunked(call, kept, totals, needs_w1, needs_w2)
         loss, factor = _reduce(call, partials, totals)
     return (
         loss,
         factor,
-        xs[0].new_empty((0,), dtype=compute) if dx is None else dx,
+        xs[0].new_empty((0,), dtype=compute) if kept is None else kept,
         w1.new_empty((0,), dtype=torch.float32) if totals is None else totals,
     )
 
@@ -224,41 +236,45 @@ _forward_op = torch.library.custom_op("cab_kernels::bridge_mse", _forward, mutat
 @_forward_op.register_fake
 def _(xs, w1, b1, w2, b2, targets, mask, token_index, target_mean, target_rstd, compute, needs):
     bridges, hidden, d_state = w1.shape
-    dx = _empty_dx(xs, w1, w2, compute) if needs & NEEDS_X else xs[0].new_empty((0,), dtype=compute)
+    kept = _empty_kept(xs, w1, w2, compute) if needs & NEEDS_X else xs[0].new_empty((0,), dtype=compute)
     size = hidden * (d_state + 1) + w2.shape[1] * (hidden + 1)
     shape = (bridges, size) if needs & ~NEEDS_X else (0,)
     loss, factor = (w1.new_empty((bridges,), dtype=torch.float32) for _ in range(2))
-    return loss, factor, dx, w1.new_empty(shape, dtype=torch.float32)
+    return loss, factor, kept, w1.new_empty(shape, dtype=torch.float32)
 
 
 def _backward(
     incoming: torch.Tensor,
     factor: torch.Tensor,
-    dx: torch.Tensor,
+    kept: torch.Tensor,
     totals: torch.Tensor,
-    d_state: int,
-    hidden: int,
+    w1: torch.Tensor,
     width: int,
     x_dtype: torch.dtype,
-    weight_dtype: torch.dtype,
     needs: int,
 ) -> list[torch.Tensor]:
     """The gradients that ``needs`` names, in its order, times the factor and the incoming gradient."""
-    outs = _empty_gradients(factor, dx, d_state, hidden, width, x_dtype, weight_dtype, needs)
-    sizes = (dx.numel() // len(factor), hidden * d_state, hidden, width * hidden, width)
-    blocks = sum(cdiv(size, BLOCK) for size, out in zip(sizes, outs, strict=True) if out is not None)
+    bridges, hidden, d_state = w1.shape
+    outs = _empty_gradients(kept, w1, width, x_dtype, needs)
+    scaled = list(outs)
     with device_of(factor):
-        _bridge_scale_kernel[(blocks, len(factor))](
-            incoming.contiguous(),
-            factor,
-            dx,
-            totals,
-            *outs,
-            *sizes,
-            BLOCK=BLOCK,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+        if needs & NEEDS_X and _deferred(w1, kept.dtype):
+            make_deferred_dx(kept, w1, incoming * factor, scaled[0])
+            scaled[0] = None
+        sizes = (kept.numel() // bridges, hidden * d_state, hidden, width * hidden, width)
+        blocks = sum(cdiv(size, BLOCK) for size, out in zip(sizes, scaled, strict=True) if out is not None)
+        if blocks > 0:
+            _bridge_scale_kernel[(blocks, bridges)](
+                incoming.contiguous(),
+                factor,
+                kept,
+                totals,
+                *scaled,
+                *sizes,
+                BLOCK=BLOCK,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
     return [out for out in outs if out is not None]
 
 
@@ -266,27 +282,23 @@ _backward_op = torch.library.custom_op("cab_kernels::bridge_mse_backward", _back
 
 
 @_backward_op.register_fake
-def _(incoming, factor, dx, totals, d_state, hidden, width, x_dtype, weight_dtype, needs):
-    outs = _empty_gradients(factor, dx, d_state, hidden, width, x_dtype, weight_dtype, needs)
-    return [out for out in outs if out is not None]
+def _(incoming, factor, kept, totals, w1, width, x_dtype, needs):
+    return [out for out in _empty_gradients(kept, w1, width, x_dtype, needs) if out is not None]
 
 
 def _empty_gradients(
-    factor: torch.Tensor,
-    dx: torch.Tensor,
-    d_state: int,
-    hidden: int,
-    width: int,
-    x_dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-    needs: int,
+    kept: torch.Tensor, w1: torch.Tensor, width: int, x_dtype: torch.dtype, needs: int
 ) -> list[torch.Tensor | None]:
     """Space for dx, dw1, db1, dw2 and db2; None for those that nobody needs."""
-    bridges = len(factor)
+    bridges, hidden, d_state = w1.shape
+    outs: list[torch.Tensor | None] = [None]
+    if needs & NEEDS_X:
+        deferred = _deferred(w1, kept.dtype)
+        shape = (*kept.shape[:-1], d_state)
+        outs = [kept.new_empty(shape, dtype=x_dtype) if deferred else torch.empty_like(kept, dtype=x_dtype)]
     shapes = ((bridges, hidden, d_state), (bridges, hidden), (bridges, width, hidden), (bridges, width))
-    outs: list[torch.Tensor | None] = [torch.empty_like(dx, dtype=x_dtype) if needs & NEEDS_X else None]
     for bit, shape in zip((NEEDS_W1, NEEDS_B1, NEEDS_W2, NEEDS_B2), shapes, strict=True):
-        outs.append(factor.new_empty(shape, dtype=weight_dtype) if needs & bit else None)
+        outs.append(w1.new_empty(shape) if needs & bit else None)
     return outs
 
 
@@ -301,11 +313,11 @@ class BridgeMSEFunction(torch.autograd.Function):
     def forward(ctx, bridges, compute, needs, w1, b1, w2, b2, mask, token_index, target_mean, target_rstd, *lists):
         forward = _forward_op if torch.compiler.is_compiling() else _forward
         xs, targets = list(lists[:bridges]), list(lists[bridges:])
-        loss, factor, dx, totals = forward(
+        loss, factor, kept, totals = forward(
             xs, w1, b1, w2, b2, targets, mask, token_index, target_mean, target_rstd, compute, needs
         )
-        ctx.save_for_backward(factor, dx, totals)
-        ctx.sizes = (w1.shape[2], w1.shape[1], w2.shape[1], xs[0].dtype, w1.dtype)
+        ctx.save_for_backward(factor, kept, totals, w1)
+        ctx.width, ctx.x_dtype = w2.shape[1], xs[0].dtype
         ctx.bridges, ctx.targets, ctx.needs = bridges, len(targets), needs
         return loss
 
@@ -313,7 +325,7 @@ class BridgeMSEFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, incoming):
         backward = _backward_op if torch.compiler.is_compiling() else _backward
-        outs = iter(backward(incoming, *ctx.saved_tensors, *ctx.sizes, ctx.needs))
+        outs = iter(backward(incoming, *ctx.saved_tensors, ctx.width, ctx.x_dtype, ctx.needs))
         dx, *weights = (
             next(outs) if ctx.needs & bit else None for bit in (NEEDS_X, NEEDS_W1, NEEDS_B1, NEEDS_W2, NEEDS_B2)
         )
@@ -354,9 +366,10 @@ def _reduce(call: Call, partials: Partials, totals: torch.Tensor | None) -> tupl
     bridges, _, _, width = call.sizes
     squares, counts, inner, outer = partials
     loss, factor = (squares.new_empty((bridges,)) for _ in range(2))
-    sizes = gradient_sizes(call)
-    blocks = sum(cdiv(size, REDUCE_BLOCK) for size, part in zip(sizes, (inner, outer), strict=True) if part is not None)
-    _bridge_reduce_kernel[(max(1, blocks), bridges)](
+    sizes = [0 if part is None else part.shape[2] for part in (inner, outer)]
+    splits = [0 if part is None else part.shape[1] for part in (inner, outer)]
+    size1, size2 = gradient_sizes(call)
+    _bridge_reduce_kernel[(sum(cdiv(size, REDUCE_BLOCK) for size in sizes) + 1, bridges)](
         inner,
         outer,
         squares,
@@ -365,12 +378,13 @@ def _reduce(call: Call, partials: Partials, totals: torch.Tensor | None) -> tupl
         loss,
         factor,
         *sizes,
-        0 if inner is None else inner.shape[1],
-        0 if outer is None else outer.shape[1],
+        *splits,
+        size1,
+        size1 + size2,
         squares.shape[1],
         width,
         BLOCK=REDUCE_BLOCK,
-        BLOCK_SPLITS=16,
+        BLOCK_SPLITS=REDUCE_SPLITS,
         BLOCK_PARTS=1024,
         num_warps=4,
         enable_fp_fusion=True,

@@ -66,7 +66,7 @@ def load_target(
     HAS_HEADS: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
 ):
-    """The target's channels ``cols`` of the tokens at ``rows`` in float32, standardised if asked."""
+    """Channels ``cols`` of the target's tokens at ``rows`` in float32, standardised if asked; 0 where not counted."""
     mask = cols < width
     if HAS_HEADS:
         column = (cols // head_dim).to(tl.int64) * stride_head + (cols % head_dim) * stride_dim
@@ -76,7 +76,7 @@ def load_target(
     if HAS_STATISTICS:
         mean = tl.load(mean_ptr + offset_mean + cols, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + offset_mean + cols, mask=mask, other=0.0).to(tl.float32)
-        target = (target - mean[None, :]) * rstd[None, :]
+        target = tl.where(counted[:, None], (target - mean[None, :]) * rstd[None, :], 0.0)
     return target
 
 
@@ -104,6 +104,19 @@ class Call(NamedTuple):
         return (*self.w1.shape, self.w2.shape[1])
 
 
+class Partials(NamedTuple):
+    """What the programs of a call leave to be summed, (bridges, programs, ...) each; None where nobody needs it.
+
+    Squares and counts hold one number a program; inner and outer a program's gradients of w1 and b1, and of w2 and b2,
+    or of b1 and of b2 alone.
+    """
+
+    squares: torch.Tensor
+    counts: torch.Tensor
+    inner: torch.Tensor | None
+    outer: torch.Tensor | None
+
+
 def cdiv(size: int, block: int) -> int:
     """How many blocks; Triton's own costs microseconds on the host."""
     return -(-size // block)
@@ -113,6 +126,11 @@ def cdiv(size: int, block: int) -> int:
 def processors(device: torch.device) -> int:
     """Multiprocessors of the GPU; a few where the interpreter runs."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def is_nvidia_bf16(x: torch.Tensor) -> bool:
+    """Whether ``tanh_like`` may be the fast one."""
+    return x.is_cuda and torch.version.hip is None and x.dtype == torch.bfloat16
 
 
 def gradient_sizes(call: Call) -> tuple[int, int]:

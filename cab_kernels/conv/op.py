@@ -123,7 +123,12 @@ def _sequence_index(
     check.tensor("cu_seqlens", cu_seqlens, "sequences+1", INDEX_DTYPES)
     check.true(cu_seqlens.shape[0] >= 1, "cu_seqlens with at least one entry", tuple(cu_seqlens.shape))
     check.true(x.shape[0] == 1, "x of batch 1 with cu_seqlens", f"batch {x.shape[0]}")
-    step = torch.arange(x.shape[2], device=x.device, dtype=cu_seqlens.dtype)
+    return sequence_index(cu_seqlens, x.shape[2])
+
+
+def sequence_index(cu_seqlens: Tensor, length: int) -> Tensor:
+    """The index of each step's sequence, (1, length), of sequences back to back."""
+    step = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return (torch.bucketize(step, cu_seqlens, out_int32=True, right=True) - 1).unsqueeze(0)
 
 

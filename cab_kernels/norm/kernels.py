@@ -13,8 +13,8 @@ r would be x bit by bit, r is not written, and x is kept for backward in its pla
 
 Backward: at most PROGRAMS programs; each owns every PROGRAMS-th tile, of which it reads dy, r, rstd and dresidual_out
 and writes dx and dresidual (only one of them where their dtypes are the same: they are the same numbers), and one row
-of the partial sums of dweight and dbias, (programs, width) in float32. PyTorch adds these in a fixed order, and
-PROGRAMS is a constant: two runs give the same bits.
+of the partial sums of dweight and dbias, (programs, width) in float32. A second kernel adds the rows in a fixed order,
+and PROGRAMS is a constant: two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -93,6 +93,31 @@ def _rms_norm_bwd_kernel(
         tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0, keep_dims=True), mask=column < width)
 
 
+@triton.jit
+def _sum_rows(partial_ptr, column, programs, width, BLOCK_PROGRAMS: tl.constexpr):
+    total = tl.zeros([BLOCK_PROGRAMS, column.shape[0]], tl.float32)
+    for first in range(0, programs, BLOCK_PROGRAMS):
+        row = first + tl.arange(0, BLOCK_PROGRAMS)[:, None]
+        offset = row.to(tl.int64) * width + column[None, :]
+        total += tl.load(partial_ptr + offset, mask=(row < programs) & (column < width)[None, :], other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit(do_not_specialize=["programs", "width"])
+def _rms_norm_reduce_kernel(
+    partial_weight_ptr, partial_bias_ptr, dweight_ptr, dbias_ptr, programs, width,
+    BLOCK_PROGRAMS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Add the rows of the partial sums; a program owns BLOCK_WIDTH columns."""
+    column = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    if dweight_ptr is not None:
+        dweight = _sum_rows(partial_weight_ptr, column, programs, width, BLOCK_PROGRAMS)
+        tl.store(dweight_ptr + column, dweight.to(dweight_ptr.dtype.element_ty), mask=column < width)
+    if dbias_ptr is not None:
+        dbias = _sum_rows(partial_bias_ptr, column, programs, width, BLOCK_PROGRAMS)
+        tl.store(dbias_ptr + column, dbias.to(dbias_ptr.dtype.element_ty), mask=column < width)
+
+
 def row_tiling(width: int) -> dict[str, int]:
     """The tile for rows of ``width``; a thread holds 16 of its numbers."""
     block_width = triton.next_power_of_2(width)
@@ -168,6 +193,7 @@ def rms_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the backward kernel: dx, dresidual, dweight and dbias, of no elements where the dtype is None."""
     dx, dresidual = _empty_gradient(residual_out, dx_dtype), _empty_gradient(residual_out, dresidual_dtype)
+    dweight, dbias = _empty_gradient(weight, dweight_dtype), _empty_gradient(weight, dbias_dtype)
     r, dy = _rows(residual_out), _rows(dy)
     dresidual_out = None if dresidual_out is None else _rows(dresidual_out)
     rows, width = r.shape
@@ -198,10 +224,19 @@ def rms_norm_bwd(
             enable_fp_fusion=True,
             **tiling,
         )
-    dweight, dbias = (
-        _empty_gradient(weight, None) if partial is None else partial.sum(0).to(dtype)
-        for partial, dtype in ((partial_weight, dweight_dtype), (partial_bias, dbias_dtype))
-    )
+        if dweight_dtype is not None or dbias_dtype is not None:
+            _rms_norm_reduce_kernel[(triton.cdiv(width, 32),)](
+                partial_weight_ptr=partial_weight,
+                partial_bias_ptr=partial_bias,
+                dweight_ptr=None if dweight_dtype is None else dweight,
+                dbias_ptr=None if dbias_dtype is None else dbias,
+                programs=programs,
+                width=width,
+                BLOCK_PROGRAMS=64,
+                BLOCK_WIDTH=32,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
     return dx, dresidual, dweight, dbias
 
 
@@ -262,7 +297,7 @@ class RMSNorm(torch.autograd.Function):
         ctx.is_x = _is_x(x, residual, residual_dtype)
         ctx.save_for_backward(x if ctx.is_x else residual_out, weight, rstd)
         ctx.set_materialize_grads(False)
-        return y, residual_out
+        return y, x if ctx.is_x else residual_out
 
     @staticmethod
     def backward(ctx, dy, dresidual_out):
@@ -274,7 +309,7 @@ class RMSNorm(torch.autograd.Function):
         once = dx_dtype == dresidual_dtype  # the same numbers
         dx, dresidual, dweight, dbias = rms_norm_backward(
             dy,
-            None if ctx.is_x else dresidual_out,
+            dresidual_out,
             residual_out,
             weight,
             rstd,
@@ -302,6 +337,7 @@ def add_rms_norm(
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """(y, residual_out) of :func:`cab_kernels.rms_norm_fn`."""
-    run = RMSNorm.apply if torch.is_grad_enabled() else rms_norm
-    y, residual_out, *_ = run(x, weight, bias, residual, eps, y_dtype, residual_dtype)
+    if torch.is_grad_enabled():
+        return RMSNorm.apply(x, weight, bias, residual, eps, y_dtype, residual_dtype)
+    y, residual_out, _ = rms_norm(x, weight, bias, residual, eps, y_dtype, residual_dtype)
     return y, x if _is_x(x, residual, residual_dtype) else residual_out

@@ -53,8 +53,8 @@ def rms_norm_fn(
         none, unless ``residual_in_fp32`` asks for more.
 
     Gradients reach ``x``, ``weight``, ``bias`` and ``residual``, each in its own dtype, computed in float32 and summed
-    in a fixed order. Only ``residual_out`` and one number a row are kept for backward. There are no second derivatives
-    on the Triton backend.
+    in a fixed order. Only ``residual_out`` and one number a row are kept for backward, whose one pass adds up the
+    gradients of ``y`` and ``residual_out``. There are no second derivatives on the Triton backend.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names the argument.

@@ -25,14 +25,20 @@ from cab_kernels.scan.device_kernels import (
     from_exponent,
     from_lane,
     jit,
+    keep_touched,
+    let_go,
     load_numbers,
     load_steps,
     log2_int,
     power,
     sigmoid,
+    stay_before,
     store_one,
     store_steps,
     take_steps,
+    touch,
+    touch_rows,
+    touches,
 )
 from cab_kernels.scan.forward_kernels import (
     channels_of,
@@ -64,6 +70,17 @@ def _fold_channels(values, NT: tl.constexpr, S: tl.constexpr, ORDERS: tl.constex
     return values
 
 
+@triton.jit
+def _touch_befores(ptr, row, base, edge, lane, U: tl.constexpr, N: tl.constexpr):
+    """Touch the 32 U states of the warp's channels, from ``base`` on."""
+    touched = ()
+    for i in tl.static_range(touches(32 * U)):
+        at = (i * 32 + lane) * 8 % (32 * U)
+        channel = tl.minimum(base + at // N, edge - 1)
+        touched = touched + (touch(ptr + (row + channel) * N + at % N),)
+    return touched
+
+
 @jit
 def _selective_scan_bwd_kernel(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, rows_ptr, D_ptr, z_ptr, delta_bias_ptr, dout_ptr, cu_seqlens_ptr,
@@ -91,6 +108,7 @@ def _selective_scan_bwd_kernel(
     T: tl.constexpr = STEPS * PARTS
     WIDTH: tl.constexpr = 2 * ORDERS * N
     PACKED: tl.constexpr = cu_seqlens_ptr is not None
+    TOUCHED: tl.constexpr = touches(T * WIDTH) + touches(32 * U)
     pid = tl.program_id(0)
     task = (pid // blocks).to(tl.int64)
     if SPLIT:
@@ -163,8 +181,8 @@ def _selective_scan_bwd_kernel(
     if dz_ptr is not None:
         dz_ptr = one_of(dz_ptr, second, BOTH)
         dz_row = row_of(dz_ptr, strides_dz, sequence, first, count, row, second, STRIDE_DZ, STEPS, PACKED)
-    rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD) * WIDTH
-    rows += lane // S % ORDERS * N + lane % S * NT
+    all_rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD) * WIDTH
+    rows = all_rows + (lane // S % ORDERS * N + lane % S * NT)
     # What the fold over channels leaves in each lane: which of (B, C), and which states.
     spare = lane // S // ORDERS
     if drows_ptr is not None:
@@ -176,23 +194,35 @@ def _selective_scan_bwd_kernel(
     next_dout = load_steps(dout_row, part + top, limit, second, STRIDE_DOUT, STEPS, LAYOUT_DOUT, BOTH, NATIVE)
     if z_ptr is not None:
         next_z = load_steps(z_row, part + top, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
+    befores = (first // T + sequence) * befores_dim - first_channel
+    kept = tl.zeros([1, 32], tl.int32)
+    touched = ()
+    for _ in tl.static_range(TOUCHED):
+        touched = touched + (kept,)
     for back in range(0, end - begin, T):
         t = top - back
         now = part + t
-        then = tl.maximum(t - T, begin) + part
+        then = tl.maximum(t - T, begin)
         u = take_steps(next_u, second, STRIDE_U, STEPS, LAYOUT_U, BOTH)
         x = take_steps(next_delta, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH)
         dout = take_steps(next_dout, second, STRIDE_DOUT, STEPS, LAYOUT_DOUT, BOTH)
-        next_u = load_steps(u_row, then, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
-        next_delta = load_steps(delta_row, then, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
-        next_dout = load_steps(dout_row, then, limit, second, STRIDE_DOUT, STEPS, LAYOUT_DOUT, BOTH, NATIVE)
+        next_u = load_steps(u_row, part + then, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
+        next_delta = load_steps(delta_row, part + then, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
+        next_dout = load_steps(dout_row, part + then, limit, second, STRIDE_DOUT, STEPS, LAYOUT_DOUT, BOTH, NATIVE)
         if z_ptr is not None:
             z = take_steps(next_z, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH)
-            next_z = load_steps(z_row, then, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
+            next_z = load_steps(z_row, part + then, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
         rows_t = rows + t.to(tl.int64) * WIDTH
         if drows_ptr is not None:
             drows_t = drows + t.to(tl.int64) * (2 * N)
-        before = ((first // T + sequence) + t // T) * befores_dim - first_channel
+        if NATIVE:
+            kept = let_go(kept, touched, TOUCHED)
+            touched = touch_rows(all_rows + then.to(tl.int64) * WIDTH, lane, T, WIDTH, ORDERS * N)
+            touched = touched + _touch_befores(
+                befores_ptr, befores + then // T * befores_dim, base - lane // S * R, edge, lane, U, N
+            )
+            stay_before()
+        before = befores + t // T * befores_dim
         h0 = ()
         for r in tl.static_range(R):
             # A channel that is not there reads another's: its steps are of size zero, and nothing of it is stored.
@@ -340,6 +370,8 @@ def _selective_scan_bwd_kernel(
         if ddelta_ptr is not None:
             store_steps(ddelta_row, now, limit, ddeltas, second, STRIDE_DDELTA, STEPS, LAYOUT_DDELTA, BOTH, NATIVE)
 
+    if NATIVE:
+        keep_touched(kept, total_rows >> 31)
     parts = task * parts_width
     if dA_ptr is not None:
         scaled = ()

@@ -76,9 +76,8 @@ def bidirectional_selective_scan_backward(
     Those of u, delta, B and C are two tensors, those of A, D and delta_bias one, (2, ...).
     """
     inputs = _as_read(u, delta, A, B, C, D, z, delta_bias)
-    gradients = selective_scan_bwd(
-        _by_channel(dout), None, *inputs, None, None, states, delta_softplus, False, [*wanted, False]
-    )
+    gradients = new_gradients(inputs, wanted)
+    selective_scan_bwd(_by_channel(dout), None, *inputs, None, None, states, delta_softplus, False, [*gradients, None])
     return _flat(gradients)
 
 
@@ -88,7 +87,9 @@ def _(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, wanted)
 
 
 def _flat(gradients: list) -> list[Tensor]:
-    return [tensor for given in gradients for tensor in (given if isinstance(given, list) else [given])]
+    """One by one, without what is not wanted."""
+    given = [tensor for each in gradients for tensor in (each if isinstance(each, list) else [each])]
+    return [tensor for tensor in given if tensor is not None]
 
 
 def _grouped(values, counts) -> list:

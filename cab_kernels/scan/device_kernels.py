@@ -85,6 +85,18 @@ def from_lane(x, lane):
 
 
 @triton.jit
+def permute(values, COUNT: tl.constexpr, ORDERS: tl.constexpr, order):
+    """The values of a lane so that the j-th is the ``j ^ (order % ORDERS)``-th of before."""
+    for level in tl.static_range(log2_int(ORDERS)):
+        swap = (order & (1 << level)) != 0
+        permuted = ()
+        for j in tl.static_range(COUNT):
+            permuted = permuted + (tl.where(swap, values[j ^ (1 << level)], values[j]),)
+        values = permuted
+    return values
+
+
+@triton.jit
 def fold_permuted(values, GROUPS: tl.constexpr, HALF: tl.constexpr, lane, DISTANCE: tl.constexpr):
     """Add pairs of lanes; of each group of 2 HALF values a lane keeps the first half.
 
@@ -238,6 +250,65 @@ def load_numbers(at, COUNT: tl.constexpr, AGAIN: tl.constexpr, NATIVE: tl.conste
         for i in tl.static_range(COUNT):
             values = values + (tl.load(at + i),)
     return values
+
+
+@triton.jit
+def load_rows(rows, T: tl.constexpr, WIDTH: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr):
+    """A lane's NT numbers of each of T rows."""
+    tiles = ()
+    for k in tl.static_range(T):
+        tiles = tiles + (load_numbers(rows + k * WIDTH, NT, False, NATIVE),)
+    return tiles
+
+
+@triton.constexpr_function
+def touches(count):
+    """How many times all lanes must touch to fetch so many neighbouring float32."""
+    return (count + 255) // 256
+
+
+@triton.jit
+def touch(at):
+    """Fetch the 32 bytes at each lane's address into the L1 cache; the number that comes is to be let go much later.
+
+    NVIDIA's ``prefetch.global.L1`` would say so, and makes nothing faster on an H100, as far as was measured.
+    """
+    return tl.inline_asm_elementwise("ld.global.b32 $0, [$1];", "=r,l", [at], tl.int32, False, 1)
+
+
+@triton.jit
+def touch_rows(rows, lane, T: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
+    """Touch COUNT numbers of B, and as many of C, WIDTH // 2 after them, of each of T rows."""
+    SECTORS: tl.constexpr = (COUNT + 7) // 8
+    touched = ()
+    for i in tl.static_range(touches(T * 2 * COUNT)):
+        sector = (i * 32 + lane) % (T * 2 * SECTORS)
+        at = sector // (2 * SECTORS) * WIDTH + sector // SECTORS % 2 * (WIDTH // 2) + sector % SECTORS * 8
+        touched = touched + (touch(rows + at),)
+    return touched
+
+
+@triton.jit
+def stay_before():
+    """Keep the compiler from moving loads to after this."""
+    zero = tl.zeros([1, 32], tl.int32)
+    tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.b32 $0, 0;", "=r,r", [zero], tl.int32, False, 1)
+
+
+@triton.jit
+def let_go(kept, touched, COUNT: tl.constexpr):
+    """Take the numbers in, so that nothing waits for them before."""
+    for i in tl.static_range(COUNT):
+        kept ^= touched[i]
+    return kept
+
+
+@triton.jit
+def keep_touched(kept, zero):
+    """Make the compiler believe that what was touched matters; ``zero`` is one that it can't tell."""
+    tl.inline_asm_elementwise(
+        "{.reg .pred p; setp.ne.s32 p, $1, 0; @p trap; mov.b32 $0, 0;}", "=r,r", [kept & zero], tl.int32, False, 1
+    )
 
 
 @triton.jit

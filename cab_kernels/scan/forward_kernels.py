@@ -27,16 +27,22 @@ from cab_kernels.scan.device_kernels import (
     fold_states,
     from_lane,
     jit,
+    keep_touched,
+    let_go,
     load_numbers,
     load_one,
+    load_rows,
     load_steps,
     log1p,
     power,
     sigmoid,
+    stay_before,
     store_numbers,
     store_one,
     store_steps,
     take_steps,
+    touch_rows,
+    touches,
 )
 
 
@@ -186,15 +192,6 @@ def source_lane(lane, k, r, S: tl.constexpr, R: tl.constexpr, STEPS: tl.constexp
     return lane // S * S + k // STEPS * R + ((lane % R) ^ r)
 
 
-@triton.jit
-def load_rows(rows, T: tl.constexpr, WIDTH: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr):
-    """A lane's NT numbers of each of T rows."""
-    tiles = ()
-    for k in tl.static_range(T):
-        tiles = tiles + (load_numbers(rows + k * WIDTH, NT, False, NATIVE),)
-    return tiles
-
-
 @jit
 def _selective_scan_fwd_kernel(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, rows_ptr, D_ptr, z_ptr, delta_bias_ptr, initial_ptr, cu_seqlens_ptr,
@@ -205,7 +202,7 @@ def _selective_scan_fwd_kernel(
     LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_OUT: tl.constexpr,
     SOFTPLUS: tl.constexpr, SPLIT: tl.constexpr,
     S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
-    SPAN: tl.constexpr, PAD: tl.constexpr,
+    SPAN: tl.constexpr, PAD: tl.constexpr, AHEAD: tl.constexpr,
     BOTH: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Owns a block of channels of a sequence, or of one chunk of it if SPLIT.
@@ -216,6 +213,7 @@ def _selective_scan_fwd_kernel(
     N: tl.constexpr = S * NT
     T: tl.constexpr = STEPS * PARTS
     PACKED: tl.constexpr = cu_seqlens_ptr is not None
+    TOUCHED: tl.constexpr = touches(T * 2 * N)
     pid = tl.program_id(0)
     if SPLIT:
         sequence, index, first, count = sequence_of(pid // blocks, length, chunks, cu_seqlens_ptr, sequences, chunk)
@@ -265,17 +263,21 @@ def _selective_scan_fwd_kernel(
     delta_row = row_of(delta_ptr, strides_delta, sequence, first, count, row, second, STRIDE_DELTA, STEPS, PACKED)
     out_ptr = one_of(out_ptr, second, BOTH)
     out_row = row_of(out_ptr, strides_out, sequence, first, count, row, second, STRIDE_OUT, STEPS, PACKED)
-    rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD + begin) * (2 * N) + lane % S * NT
+    rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD + begin) * (2 * N)
+    mine = lane % S * NT
+    kept = tl.zeros([1, 32], tl.int32)
+    touched = ()
+    for _ in tl.static_range(TOUCHED):
+        touched = touched + (kept,)
+    if AHEAD:
+        next_B = load_rows(rows + mine, T, 2 * N, NT, NATIVE)
+        next_C = load_rows(rows + (N + mine), T, 2 * N, NT, NATIVE)
 
     next_u = load_steps(u_row, part + begin, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
     next_delta = load_steps(delta_row, part + begin, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
     if z_ptr is not None:
         z_row = row_of(z_ptr, strides_z, sequence, first, count, row, second, STRIDE_Z, STEPS, PACKED)
         next_z = load_steps(z_row, part + begin, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
-    if B_ptr is None:
-        next_B = load_rows(rows, T, 2 * N, NT, NATIVE)
-    if C_ptr is None:
-        next_C = load_rows(rows + N, T, 2 * N, NT, NATIVE)
     for span in range(begin, end, SPAN):
         if states_ptr is not None and not SPLIT:
             for r in tl.static_range(R):
@@ -294,13 +296,15 @@ def _selective_scan_fwd_kernel(
             if z_ptr is not None:
                 z = take_steps(next_z, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH)
                 next_z = load_steps(z_row, now + T, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
-            rows += T * 2 * N
-            if B_ptr is None:
+            if AHEAD:
                 this_B = next_B
-                next_B = load_rows(rows, T, 2 * N, NT, NATIVE)
-            if C_ptr is None:
                 this_C = next_C
-                next_C = load_rows(rows + N, T, 2 * N, NT, NATIVE)
+                next_B = load_rows(rows + (T * 2 * N + mine), T, 2 * N, NT, NATIVE)
+                next_C = load_rows(rows + ((T * 2 + 1) * N + mine), T, 2 * N, NT, NATIVE)
+            elif NATIVE:
+                kept = let_go(kept, touched, TOUCHED)
+                touched = touch_rows(rows + T * 2 * N, lane, T, 2 * N, N)
+                stay_before()
             dt = ()
             dtu = ()
             for i in tl.static_range(STEPS):
@@ -309,10 +313,12 @@ def _selective_scan_fwd_kernel(
                 dtu = dtu + (d * u[i],)
             ys = ()
             for k in tl.static_range(T):
-                if B_ptr is None:
+                if AHEAD:
                     B = this_B[k]
-                if C_ptr is None:
                     C = this_C[k]
+                else:
+                    B = load_numbers(rows + (k * 2 * N + mine), NT, False, NATIVE)
+                    C = load_numbers(rows + ((k * 2 + 1) * N + mine), NT, False, NATIVE)
                 after = ()
                 for r in tl.static_range(R):
                     if B_ptr is not None:
@@ -344,6 +350,9 @@ def _selective_scan_fwd_kernel(
                     y *= z[i] * sigmoid(z[i], NATIVE)
                 outs = outs + (y,)
             store_steps(out_row, now, limit, outs, second, STRIDE_OUT, STEPS, LAYOUT_OUT, BOTH, NATIVE)
+            rows += T * 2 * N
+    if NATIVE:
+        keep_touched(kept, total_rows >> 31)
     if last_ptr is not None and end == count:
         store_matrix(last_ptr, base, edge, sequence * dim, dstate, lane, states, h, S, R, NT, NATIVE)
 
@@ -413,16 +422,19 @@ def _pack_kernel(
     second, _ = direction_of(group, groups, 0, BOTH)
     time = (time + tl.where(second != REVERSE, count - 1 - steps, steps)).to(tl.int64)
     of_direction = group - tl.where(second, groups // 2, 0)
-    state = tl.arange(0, N)
     at = rows_ptr + (group * total_rows + first + sequence * PAD + steps[:, None]) * (2 * ORDERS * N)
     padded = (steps < count + PAD)[:, None]
+    state = tl.arange(0, N)
+    # Neighbouring threads are to store neighbouring numbers, so it is the loads that go out of order.
     if B_ptr is not None:
         B_ptr = one_of(B_ptr, second, BOTH)
-        B = _load_rows_of(B_ptr, strides_B, batch, of_direction, state, time, steps < count, dstate, B_BY_STEP)
         for order in tl.static_range(ORDERS):
-            tl.store(at + (order * N + (state ^ order))[None, :], B, mask=padded)
+            from_state = state ^ order
+            B = _load_rows_of(B_ptr, strides_B, batch, of_direction, from_state, time, steps < count, dstate, B_BY_STEP)
+            tl.store(at + (order * N + state)[None, :], B, mask=padded)
     if C_ptr is not None:
         C_ptr = one_of(C_ptr, second, BOTH)
-        C = _load_rows_of(C_ptr, strides_C, batch, of_direction, state, time, steps < count, dstate, C_BY_STEP)
         for order in tl.static_range(ORDERS):
-            tl.store(at + ((ORDERS + order) * N + (state ^ order))[None, :], C, mask=padded)
+            from_state = state ^ order
+            C = _load_rows_of(C_ptr, strides_C, batch, of_direction, from_state, time, steps < count, dstate, C_BY_STEP)
+            tl.store(at + ((ORDERS + order) * N + state)[None, :], C, mask=padded)

@@ -22,7 +22,8 @@ class Tiling:
     """How a warp shares out the states: see ``forward_kernels.py``.
 
     ``S`` lanes a channel, ``R`` channels a lane, ``NT`` states a lane; ``PARTS`` x ``STEPS`` steps an iteration, of
-    which a lane owns ``STEPS``; at most so many ``registers`` a thread, if not as many as the compiler likes.
+    which a lane owns ``STEPS``; at most so many ``registers`` a thread, if not as many as the compiler likes. Ahead of
+    their iteration, the rows of B and C come into registers if ``ahead``, and else into the L1 cache.
     """
 
     S: int
@@ -31,6 +32,7 @@ class Tiling:
     STEPS: int
     PARTS: int
     registers: int | None = None
+    ahead: bool = False
 
     @property
     def channels(self) -> int:
@@ -63,12 +65,12 @@ TILINGS = {
 CROWDED = {16: dataclasses.replace(TILINGS[16], registers=168)}
 # Forward where steps lie side by side in memory, which a lane that owns fewer of them loads better, or where programs
 # are few: at 8 x 1536 x 2048, 0.265 and 0.258 ms against 0.310 and 0.273.
-NARROW = {16: Tiling(8, 2, 2, 2, 4)}
+NARROW = {16: Tiling(8, 2, 2, 2, 4, ahead=True)}
 # Backward's two passes, the sweep and the walk back, which hold the same states in a lane: over whole sequences, and
 # by spans.
 WHOLE = {states: (tiling, tiling) for states, tiling in TILINGS.items()}
 WHOLE |= {64: (Tiling(8, 2, 8, 1, 4), Tiling(8, 2, 8, 1, 4))}
-BY_SPAN = WHOLE | {16: (CROWDED[16], dataclasses.replace(CROWDED[16], STEPS=2))}
+BY_SPAN = WHOLE | {16: (dataclasses.replace(TILINGS[16], registers=128), TILINGS[16])}
 SPAN = 128  # steps between the states that forward keeps
 FEW = 800  # programs of one warp: six a multiprocessor
 RESIDENT = 1056  # eight a multiprocessor, as many as 255 registers a thread allow
@@ -314,6 +316,7 @@ def selective_scan_fwd(
             chunks=tasks // max(1, call.sequences),
             blocks=blocks,
             SPLIT=pieces > 1,
+            AHEAD=tiling.ahead,
             **call.shared(tiling),
         )
     return out, last_state, states
@@ -342,6 +345,7 @@ def _sweep_forward(call: _Call, states, u, delta, A, delta_bias, initial_state) 
         ADJOINT=False,
         EVERY=sweep.steps,
         ORDERS=1,
+        AHEAD=sweep.ahead,
         **call.shared(sweep),
     )
     call.chain(states, decays, initial_state, False, (0, call.dim))
@@ -357,19 +361,20 @@ def _pieces(call: _Call, blocks: int) -> int:
 
 def selective_scan_bwd(
     dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, states, delta_softplus, reverse,
-    wanted,
+    gradients,
 ):  # fmt: skip
-    """Run the backward kernels; ``wanted`` says which of the nine tensors from u to initial_state get a gradient.
+    """Run the backward kernels, which write the ``gradients`` of the nine tensors from u to initial_state, or None.
 
-    Of a bidirectional scan, all but dout and z comes in pairs, and so do the gradients; those of parameters are one
-    tensor, (2, ...).
+    ``new_gradients`` makes them; those of activations may as well be views of any strides. Of a bidirectional scan, all
+    but dout and z comes in pairs of the same strides, and so do the gradients; those of parameters are one tensor,
+    (2, ...).
     """
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    gradients = new_gradients(inputs, wanted)
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = gradients
     call = _Call(u, A, B, C, cu_seqlens, delta_softplus, reverse)
     A, D, delta_bias, dlast_state = map(_contiguous, (A, D, delta_bias, dlast_state))
-    dzs = [dz, torch.empty_like(dz)] if call.both and dz is not None else dz
+    dzs = dz
+    if call.both and dz is not None:
+        dzs = [dz, torch.empty_strided(dz.shape, dz.stride(), dtype=dz.dtype, device=dz.device)]
     split = call.length > call.span and call.blocks(WHOLE[call.N][1]) * call.sequences < FILL_BACKWARD
     sweep, tiling = BY_SPAN[call.N] if split else WHOLE[call.N]
     blocks = call.blocks(tiling)
@@ -420,6 +425,7 @@ def selective_scan_bwd(
                 LOCAL=False,
                 ADJOINT=split,
                 EVERY=tiling.steps,
+                AHEAD=sweep.ahead,
             )
             if split:
                 call.chain(adjoints, decays, dlast_state, True, channels)
@@ -455,7 +461,6 @@ def selective_scan_bwd(
         dinitial_state.copy_(dinitial)
     if isinstance(dzs, list):
         dz += dzs[1]
-    return [gradient for gradient in gradients if gradient is not None]
 
 
 def _blocks_at_once(call: _Call, tiling: Tiling, blocks: int) -> int:
@@ -576,24 +581,10 @@ def selective_scan_backward(
     wanted: list[bool],
 ) -> list[Tensor]:
     """The wanted gradients of ``selective_scan``, in the order of its arguments. It has none of its own."""
-    return selective_scan_bwd(
-        dout,
-        dlast_state,
-        u,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        z,
-        delta_bias,
-        initial_state,
-        cu_seqlens,
-        states,
-        delta_softplus,
-        reverse,
-        wanted,
-    )
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    gradients = new_gradients(inputs, wanted)
+    selective_scan_bwd(dout, dlast_state, *inputs, cu_seqlens, states, delta_softplus, reverse, gradients)
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 @selective_scan_backward.register_fake

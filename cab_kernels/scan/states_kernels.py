@@ -12,18 +12,25 @@ from cab_kernels.scan.device_kernels import (
     exponent,
     from_lane,
     jit,
+    keep_touched,
+    let_go,
+    load_numbers,
+    load_rows,
     load_steps,
     log2_int,
+    permute,
     power,
     sigmoid,
+    stay_before,
     store_numbers,
     take_steps,
+    touch_rows,
+    touches,
 )
 from cab_kernels.scan.forward_kernels import (
     channels_of,
     direction_of,
     load_matrix,
-    load_rows,
     one_of,
     row_of,
     sequence_of,
@@ -45,19 +52,20 @@ def _sweep_kernel(
     LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_DOUT: tl.constexpr,
     SOFTPLUS: tl.constexpr, LOCAL: tl.constexpr, ADJOINT: tl.constexpr,
     S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
-    ORDERS: tl.constexpr, EVERY: tl.constexpr, SPAN: tl.constexpr, PAD: tl.constexpr,
+    ORDERS: tl.constexpr, EVERY: tl.constexpr, SPAN: tl.constexpr, PAD: tl.constexpr, AHEAD: tl.constexpr,
     BOTH: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Owns a span of a block of channels of a sequence; shared out like the forward kernel.
 
     LOCAL: starts from zero, and writes the part and the decay of its span. Otherwise starts from the state that forward
-    kept, and writes the state before every EVERY steps to befores_ptr, (iterations, befores_dim, N), in the lanes' own
-    order of states; and if ADJOINT also the span's adjoint and decay.
+    kept, and writes the state before every EVERY steps to befores_ptr, (iterations, befores_dim, N), in the order that
+    backward's lanes hold states in; and if ADJOINT also the span's adjoint and decay.
     """
     N: tl.constexpr = S * NT
     T: tl.constexpr = STEPS * PARTS
     WIDTH: tl.constexpr = 2 * ORDERS * N
     PACKED: tl.constexpr = cu_seqlens_ptr is not None
+    TOUCHED: tl.constexpr = touches(T * 2 * N)
     pid = tl.program_id(0)
     sequence, span, first, count = sequence_of(pid // blocks, length, chunks, cu_seqlens_ptr, sequences, SPAN)
     begin = span * SPAN
@@ -69,7 +77,7 @@ def _sweep_kernel(
     part = lane % S // R * STEPS
     limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
     slot = first // SPAN + sequence + span
-    states = states_of(lane, S, NT, ORDERS)
+    states = states_of(lane, S, NT, 1)
     A_ptr = one_of(A_ptr, second, BOTH)
     A = load_matrix(A_ptr, base - skip, edge - skip, 0, dstate, lane, states, S, R, NT, NATIVE)
     bias = 0.0
@@ -97,7 +105,15 @@ def _sweep_kernel(
     delta_ptr = one_of(delta_ptr, second, BOTH)
     delta_row = row_of(delta_ptr, strides_delta, sequence, first, count, row, second, STRIDE_DELTA, STEPS, PACKED)
     rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD + begin) * WIDTH
-    rows += lane // S % ORDERS * N + lane % S * NT
+    mine = lane % S * NT
+    kept = tl.zeros([1, 32], tl.int32)
+    touched = ()
+    for _ in tl.static_range(TOUCHED):
+        touched = touched + (kept,)
+    if AHEAD:
+        next_B = load_rows(rows + mine, T, WIDTH, NT, NATIVE)
+        if ADJOINT:
+            next_C = load_rows(rows + (ORDERS * N + mine), T, WIDTH, NT, NATIVE)
     next_u = load_steps(u_row, part + begin, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
     next_delta = load_steps(delta_row, part + begin, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
     if ADJOINT:
@@ -106,10 +122,6 @@ def _sweep_kernel(
         if z_ptr is not None:
             z_row = row_of(z_ptr, strides_z, sequence, first, count, row, second, STRIDE_Z, STEPS, PACKED)
             next_z = load_steps(z_row, part + begin, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
-    if B_ptr is None:
-        next_B = load_rows(rows, T, WIDTH, NT, NATIVE)
-    if ADJOINT and C_ptr is None:
-        next_C = load_rows(rows + ORDERS * N, T, WIDTH, NT, NATIVE)
     for t in range(begin, end, T):
         now = part + t
         u = take_steps(next_u, second, STRIDE_U, STEPS, LAYOUT_U, BOTH)
@@ -122,13 +134,16 @@ def _sweep_kernel(
             if z_ptr is not None:
                 z = take_steps(next_z, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH)
                 next_z = load_steps(z_row, now + T, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
-        rows += T * WIDTH
-        if B_ptr is None:
+        if AHEAD:
             this_B = next_B
-            next_B = load_rows(rows, T, WIDTH, NT, NATIVE)
-        if ADJOINT and C_ptr is None:
-            this_C = next_C
-            next_C = load_rows(rows + ORDERS * N, T, WIDTH, NT, NATIVE)
+            next_B = load_rows(rows + (T * WIDTH + mine), T, WIDTH, NT, NATIVE)
+            if ADJOINT:
+                this_C = next_C
+                next_C = load_rows(rows + (T * WIDTH + ORDERS * N + mine), T, WIDTH, NT, NATIVE)
+        elif NATIVE:
+            kept = let_go(kept, touched, TOUCHED)
+            touched = touch_rows(rows + T * WIDTH, lane, T, WIDTH, N)
+            stay_before()
         dt = ()
         dtu = ()
         dy = ()
@@ -148,11 +163,16 @@ def _sweep_kernel(
                 for r in tl.static_range(R):
                     channel = base + ((lane % R) ^ r)
                     at = befores_ptr + (before + channel) * N + lane % S * NT
-                    store_numbers(at, h[r * NT : (r + 1) * NT], (channel < edge) & (t + k < end), NT, NATIVE)
-            if B_ptr is None:
+                    ordered = permute(h[r * NT : (r + 1) * NT], NT, ORDERS, lane // S)
+                    store_numbers(at, ordered, (channel < edge) & (t + k < end), NT, NATIVE)
+            if AHEAD:
                 B = this_B[k]
-            if ADJOINT and C_ptr is None:
-                C = this_C[k]
+                if ADJOINT:
+                    C = this_C[k]
+            else:
+                B = load_numbers(rows + (k * WIDTH + mine), NT, False, NATIVE)
+                if ADJOINT:
+                    C = load_numbers(rows + (k * WIDTH + ORDERS * N + mine), NT, False, NATIVE)
             after = ()
             decay_after = ()
             adjoint_after = ()
@@ -183,6 +203,9 @@ def _sweep_kernel(
             if ADJOINT:
                 decay = decay_after
                 adjoint = adjoint_after
+        rows += T * WIDTH
+    if NATIVE:
+        keep_touched(kept, total_rows >> 31)
     if count > begin:
         if LOCAL:
             for level in tl.static_range(log2_int(PARTS)):

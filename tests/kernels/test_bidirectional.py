@@ -98,7 +98,7 @@ def test_gradients_are_made_for_what_wants_them(device):
     for name, tensor in inputs.items():
         assert (tensor.grad is not None) == tensor.requires_grad, name
         if tensor.requires_grad:
-            assert torch.equal(tensor.grad, want[f"d{name}"]), name
+            torch.testing.assert_close(tensor.grad, want[f"d{name}"])  # another kernel may fuse other products
 
 
 def test_what_lies_around_views_is_not_read(device):

@@ -172,19 +172,24 @@ SHAPES = [
     pytest.param({"length": 64, "d_state": 16, "hidden": 64, "width": 64, "batch": 1}, id="exactly a block"),
     pytest.param({"length": 140, "d_state": 16, "hidden": 100, "width": 150}, id="three blocks of w2 on chip"),
     pytest.param({"length": 5, "width": 200}, id="more channels than stay in registers"),
+    pytest.param({"length": 150, "d_state": 20, "hidden": 12, "width": 9}, id="hidden narrower than x"),
     pytest.param({"batch": 1, "length": 1, "d_state": 1, "hidden": 1, "width": 1}, id="ones"),
     pytest.param({"length": 0}, id="empty"),
 ]
 
 
-@pytest.fixture(params=["fused", "chunked"])
+@pytest.fixture(params=["fused", "chunked", "chunked in steps"])
 def path(request, monkeypatch, device):
-    """Run float32 bridges, all that the interpreter can do, on chip or in small chunks of tokens."""
+    """Run float32 bridges, all that the interpreter can do, on chip or in small chunks, as small bridges or large."""
     if request.param == "fused" and device == "cuda":
         pytest.skip("a GPU runs float32 in chunks only; TestOnGPU has the rest")
-    kernels = importlib.import_module(KERNELS)
+    kernels, chunked = importlib.import_module(KERNELS), importlib.import_module(CHUNKED)
     monkeypatch.setattr(kernels, "FUSED_DTYPES", (torch.float32,) if request.param == "fused" else ())
-    monkeypatch.setattr(importlib.import_module(CHUNKED), "CHUNK_TOKENS", 64)
+    steps = request.param == "chunked in steps"
+    monkeypatch.setattr(chunked, "CHUNK_TOKENS", 128 if steps else 64)
+    if steps:
+        monkeypatch.setattr(chunked, "BATCHED_WEIGHT", 0)
+        monkeypatch.setattr(chunked, "STEP_BYTES", 0)
     return request.param
 
 
@@ -260,8 +265,10 @@ class TestKernels:
         assert not bridge_mse(*inputs, target, token_index=index, backend="triton").isnan()
         assert bridge_mse(*inputs, target, token_index=index + 1, backend="triton").isnan()
 
-    def test_a_group_is_its_bridges(self, device):
-        cases = [make(seed, dtype=torch.float32, device=device, length=35, width=10) for seed in range(4)]
+    @pytest.mark.parametrize("hidden", [7, 4], ids=["wider than x", "narrower than x"])
+    def test_a_group_is_its_bridges(self, hidden, device):
+        sizes = {"length": 35, "hidden": hidden, "width": 10}
+        cases = [make(seed, dtype=torch.float32, device=device, **sizes) for seed in range(4)]
         stacks = [torch.stack([case[i] for case in cases]).requires_grad_() for i in range(1, 5)]
         xs = [case[0].clone().requires_grad_() for case in cases]
         targets = [cases[0][5], cases[1][5]]
@@ -277,9 +284,10 @@ class TestKernels:
         for got, want in zip(*results, strict=True):
             torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
 
+    @pytest.mark.parametrize("hidden", [7, 4], ids=["wider than x", "narrower than x"])
     @pytest.mark.parametrize("frozen", range(5), ids=NAMES[1:])
-    def test_frozen_inputs_get_nothing_and_change_nothing(self, frozen, device):
-        *inputs, target = make(dtype=torch.float32, device=device)
+    def test_frozen_inputs_get_nothing_and_change_nothing(self, frozen, hidden, device):
+        *inputs, target = make(dtype=torch.float32, device=device, hidden=hidden)
         want = run(bridge_mse_ref, inputs, target)
         inputs = [value.requires_grad_(i != frozen) for i, value in enumerate(inputs)]
         bridge_mse(*inputs, target, backend="triton").backward()
@@ -330,7 +338,7 @@ class TestKernels:
         arguments = ([x], *weights, [target], None, None, None, None, torch.float32, 31)
         torch.library.opcheck(torch.ops.cab_kernels.bridge_mse.default, arguments)
         loss, *saved = kernels._forward(*arguments)
-        sizes = (5, 7, 6, torch.float32, torch.float32)
+        sizes = (weights[0], 6, torch.float32)
         torch.library.opcheck(torch.ops.cab_kernels.bridge_mse_backward.default, (loss, *saved, *sizes, 31))
 
 
@@ -344,9 +352,10 @@ def test_splits_fill_the_gpu():
 
 def test_chunks_are_full_rounds_of_tiles():
     choose = importlib.import_module(CHUNKED).choose_chunk
-    assert choose(32768, 3 * 768 * 2, 768, 132) == 11264  # 88 * 3 tiles of 128 x 256 on 132 multiprocessors
-    assert choose(8192, 3 * 2048 * 2, 2048, 132) == 8192
-    assert choose(0, 100, 16, 132) == 1
+    assert choose(32768, 2 * 768 * 2, 768, 2, 132, False) == (11008, 11008)  # 86 * 3 tiles of 128 x 256: two rounds
+    assert choose(8192, 2 * 2048 * 2, 2048, 2, 132, False) == (8192, 4096)
+    assert choose(25216, 4 * (3 * 128 + 192) * 4, 4 * 192, 4, 132, True) == (13952, 13952)  # as few as may be
+    assert choose(0, 100, 16, 2, 132, False) == (17408, 128)
 
 
 def eager(x, w1, b1, w2, b2, target):
@@ -477,7 +486,7 @@ class TestOnGPU:
 
 FLAGS = {"HAS_MASK": True, "HAS_INDEX": True, "HAS_HEADS": True, "HAS_STATISTICS": True}
 BLOCKS = {"BLOCK_TOKENS": 128, "BLOCK_STATE": 16, "BLOCK_HIDDEN": 128, "BLOCK_WIDTH": 64, "NVIDIA_BF16": True}
-ROWS = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 128}
+ROWS = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64}
 TYPES = {
     "*fp32": "w1 b1 w2 b2 mean rstd partials inner outer squares totals loss factor incoming db1 db2 out_w1 out_b1 "
     "out_w2 out_b2",
@@ -505,7 +514,8 @@ def test_fused_kernels_compile_for_gpus_that_are_not_here(compile_offline):
     gradients = {"NEEDS_X": True, "NEEDS_W1": True}
     streamed = BLOCKS | {"STAGES": 1, "COLUMN_BLOCKS": 0}
     resident = BLOCKS | {"STAGES": 1, "COLUMN_BLOCKS": 3, "BLOCK_TOKENS": 64}
-    outer = BLOCKS | {"STAGES": 1, "BLOCK_TOKENS": 64}
+    outer = BLOCKS | {"STAGES": 1, "COLUMN_BLOCKS": 1, "BLOCK_TOKENS": 64}
+    outer_resident = BLOCKS | {"STAGES": 2, "COLUMN_BLOCKS": 3}
     log = compile_offline(
         [
             spec(FUSED, "_bridge_inner_kernel", FLAGS | streamed | gradients, **tiles),
@@ -519,19 +529,20 @@ def test_fused_kernels_compile_for_gpus_that_are_not_here(compile_offline):
     hopper = [
         spec(FUSED, "_bridge_inner_kernel", nothing | resident | gradients | {"STAGES": 2}, num_warps=4, num_stages=1),
         spec(FUSED, "_bridge_outer_kernel", nothing | outer | {"STAGES": 2}, num_warps=4, num_stages=1),
+        spec(FUSED, "_bridge_outer_kernel", nothing | outer_resident, num_warps=8, num_stages=1),
     ]
-    assert compile_offline([kernel | {"capabilities": [90]} for kernel in hopper]).count("sm_90") == 2
+    assert compile_offline([kernel | {"capabilities": [90]} for kernel in hopper]).count("sm_90") == 3
 
 
 def test_other_kernels_compile_for_gpus_that_are_not_here(compile_offline):
     log = compile_offline(
         [
-            spec(KERNELS, "_bridge_reduce_kernel", {"BLOCK": 256, "BLOCK_SPLITS": 16, "BLOCK_PARTS": 1024}),
+            spec(KERNELS, "_bridge_reduce_kernel", {"BLOCK": 128, "BLOCK_SPLITS": 64, "BLOCK_PARTS": 1024}),
             spec(KERNELS, "_bridge_scale_kernel", {"BLOCK": 1024}),
             spec(CHUNKED, "_chunk_x_kernel", ROWS | {"HAS_MASK": True, "HAS_INDEX": True}),
-            spec(CHUNKED, "_chunk_silu_kernel", ROWS),
-            spec(CHUNKED, "_chunk_residual_kernel", FLAGS | ROWS | {"ROWS": 64}),
-            spec(CHUNKED, "_chunk_slope_kernel", ROWS | {"ROWS": 64}),
+            spec(CHUNKED, "_chunk_silu_kernel", ROWS | {"NVIDIA_BF16": True}),
+            spec(CHUNKED, "_chunk_residual_kernel", FLAGS | ROWS),
+            spec(CHUNKED, "_chunk_slope_kernel", ROWS | {"NVIDIA_BF16": True}),
         ]
     )
     assert log.count("sm_90") == 6

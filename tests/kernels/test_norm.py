@@ -142,7 +142,7 @@ def test_without_prenorm_it_is_y(backend, device):
 
 
 # A number; a row; an odd width; one below and one above two tiles of 2048 numbers; a tile of one column; the widest.
-SHAPES = [(1, 1), (5,), (2, 3, 33), (7, 256), (2, 9, 192), (4500, 1), (2, 8192)]
+SHAPES = [(1, 1), (5,), (2, 3, 33), (7, 256), (2, 9, 192), (4500, 1), (65, 1100), (2, 8192)]
 
 
 @pytest.mark.parametrize("absent", [(), ("bias",), ("residual",), ("bias", "residual")], ids=str)
@@ -219,10 +219,11 @@ def test_gradients_that_are_not_needed_or_are_the_same_are_not_written(device, m
 def test_keeps_the_stream_and_a_number_a_row(absent, device):
     inputs, kept = make_inputs((2, 4, 33), absent=absent, device=device), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        _, residual_out = rms_norm_fn(**inputs, prenorm=True, backend="triton")
+        y, residual_out = rms_norm_fn(**inputs, prenorm=True, backend="triton")
     assert [tuple(tensor.shape) for tensor in kept] == [(2, 4, 33), (33,), (2, 4)]
     assert kept[0].data_ptr() == residual_out.data_ptr()
-    assert (residual_out is inputs["x"]) is bool(absent)
+    assert (residual_out.data_ptr() == inputs["x"].data_ptr()) is bool(absent)
+    assert residual_out.grad_fn is y.grad_fn  # one launch adds up the gradients of both
 
 
 def test_second_derivative_raises(device):
@@ -305,6 +306,20 @@ def test_compiles_for_sm_80_90_and_100(compile_offline):
     specs = [spec("_rms_norm_fwd_kernel", forward, absent, 192) for absent in ("", "bias residual residual_out")]
     specs += [spec("_rms_norm_bwd_kernel", backward, absent, 192) for absent in ("", "dresidual_out dresidual dbias")]
     specs += [spec("_rms_norm_fwd_kernel", forward, "", 8192), spec("_rms_norm_bwd_kernel", backward, "dbias", 8192)]
+    partial = dict.fromkeys(("partial_weight", "partial_bias"), "*fp32")
+    specs += [
+        {
+            "module": "cab_kernels.norm.kernels",
+            "kernel": "_rms_norm_reduce_kernel",
+            "signature": {
+                f"{name}_ptr": kind for name, kind in (partial | {"dweight": "*fp32", "dbias": "*bf16"}).items()
+            }
+            | dict.fromkeys(("programs", "width"), "i32"),
+            "constexprs": {"BLOCK_PROGRAMS": 64, "BLOCK_WIDTH": 32} | {f"{name}_ptr": None for name in absent},
+            "options": {"num_warps": 4, "enable_fp_fusion": True},
+        }
+        for absent in ((), ("partial_bias", "dbias"))
+    ]
     assert len(compile_offline(specs).splitlines()) == 3 * len(specs)
 
 
@@ -365,10 +380,10 @@ def test_captured_in_a_graph():
 
 @pytest.mark.gpu
 def test_a_new_number_of_rows_compiles_nothing():
-    from cab_kernels.norm.kernels import _rms_norm_bwd_kernel, _rms_norm_fwd_kernel
+    from cab_kernels.norm.kernels import _rms_norm_bwd_kernel, _rms_norm_fwd_kernel, _rms_norm_reduce_kernel
 
     def compiled() -> int:
-        kernels = (_rms_norm_fwd_kernel, _rms_norm_bwd_kernel)
+        kernels = (_rms_norm_fwd_kernel, _rms_norm_bwd_kernel, _rms_norm_reduce_kernel)
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
     counts = set()
