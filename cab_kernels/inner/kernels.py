@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cab_kernels.conv.bidirectional_kernels import bidirectional_conv1d_bwd, bidirectional_conv1d_fwd
-from cab_kernels.scan.bidirectional_kernels import bidirectional_selective_scan, bidirectional_selective_scan_backward
-from cab_kernels.scan.kernels import new_results
+from cab_kernels.scan.kernels import new_gradients, new_results, selective_scan_bwd, selective_scan_fwd
 
 Pair = Sequence[Tensor]
 
@@ -137,12 +136,17 @@ def _parts(projected: Tensor, dt_weight: Tensor, A: Tensor) -> Sequence[Tensor]:
     return projected.split([dt_weight.shape[2], A.shape[2], A.shape[2]], dim=-1)
 
 
+def _pair(both: Tensor) -> list[Tensor]:
+    """As the scan takes what lies side by side, (2, batch, length, channels)."""
+    return list(both.mT.unbind())
+
+
 def _scanned(
     u: Tensor, projected: Tensor, z: Tensor, dt_weight: Tensor, dt_bias: Pair, A: Tensor, D: Pair
 ) -> tuple[Any, ...]:
     """What is scanned: pairs of (batch, channels, length), and of parameters in float32."""
     dt, B, C = _parts(projected, dt_weight, A)
-    us, deltas, Bs, Cs = (list(both.mT.unbind()) for both in (u, _product(dt, dt_weight), B, C))
+    us, deltas, Bs, Cs = map(_pair, (u, _product(dt, dt_weight), B, C))
     return us, deltas, list(A), Bs, Cs, [skip.float() for skip in D], z, [bias.float() for bias in dt_bias]
 
 
@@ -168,7 +172,9 @@ def bidirectional_mamba_inner(
         _lay_out(x_proj, dt_proj, A_log, x_weight, dt_weight, A)
         u = bidirectional_conv1d_fwd(x, conv_weight, conv_bias)
         projected = _product(u, x_weight)
-        out, states = bidirectional_selective_scan(*_scanned(u, projected, z, dt_weight, dt_bias, A, D), True, keep)
+        scanned = _scanned(u, projected, z, dt_weight, dt_bias, A, D)
+        outs, _, states = selective_scan_fwd(*scanned, None, None, True, False, False, keep)
+        out = outs[0].add_(outs[1])
     return out.mT, projected, states, x_weight, dt_weight, A
 
 
@@ -189,8 +195,8 @@ def _alike(pair: Pair) -> list[Tensor]:
 @torch.library.custom_op("cab_kernels::bidirectional_mamba_inner_backward", mutates_args=())
 def bidirectional_mamba_inner_backward(
     dout: Tensor,
-    dB: list[Tensor | None],
-    dC: list[Tensor | None],
+    dB_elsewhere: list[Tensor | None],
+    dC_elsewhere: list[Tensor | None],
     xz: Tensor,
     conv_weight: list[Tensor],
     conv_bias: list[Tensor],
@@ -207,34 +213,32 @@ def bidirectional_mamba_inner_backward(
 ) -> list[Tensor]:
     """The gradients of ``bidirectional_mamba_inner``, in the order of its tensors. It has none of its own.
 
-    dB and dC are what others, who have seen B and C, give them. Of dt_bias and D both directions' are one tensor.
+    What is from elsewhere, others, who have seen B and C, give these. Of dt_bias and D both directions' are one tensor.
     """
     with torch.autocast(xz.device.type, enabled=False):
         xz = xz.contiguous()
         x, z = xz.mT.chunk(2, dim=1)
         u = bidirectional_conv1d_fwd(x, conv_weight, conv_bias)
-        gradients = bidirectional_selective_scan_backward(
-            dout.contiguous().mT, *_scanned(u, projected, z, dt_weight, dt_bias, A, D), states, True, [True] * 8
+        scanned = _scanned(u, projected, z, dt_weight, dt_bias, A, D)
+        dxz, dprojected, dx_weight, ddt_weight, du, ddelta = map(
+            torch.empty_like, (xz, projected, x_weight, dt_weight, u, u)
         )
-        du, ddelta, (dA, *dBC), (dD, dz_of_scan, ddt_bias) = (
-            gradients[:2], gradients[2:4], gradients[4:9], gradients[9:],
-        )  # fmt: skip
-        dxz, dprojected, dx_weight, ddt_weight = map(torch.empty_like, (xz, projected, x_weight, dt_weight))
         dx, dz = dxz.mT.chunk(2, dim=1)
-        dz.copy_(dz_of_scan)
-        for way in range(2):
-            ddt, *parts = _parts(dprojected[way], dt_weight, A)
-            for part, of_scan, other in zip(parts, dBC[way::2], (dB[way], dC[way]), strict=True):
-                part.copy_(of_scan.mT) if other is None else torch.add(of_scan.mT, other, out=part)
-            dt = _parts(projected[way], dt_weight, A)[0]
-            dt, ddt, rows, rows_u, rows_du, rows_ddelta = (
-                tensor.flatten(0, 1) for tensor in (dt, ddt, dprojected[way], u[way], du[way].mT, ddelta[way].mT)
-            )
-            torch.mm(rows_ddelta, dt_weight[way], out=ddt)
-            torch.mm(rows_ddelta.mT, dt, out=ddt_weight[way])
-            torch.mm(rows.mT, rows_u, out=dx_weight[way])
-            rows_du.addmm_(rows, x_weight[way])
-        dconv_weight, dconv_bias = bidirectional_conv1d_bwd(du, x, conv_weight, conv_bias, dx)
+        ddt, dB, dC = _parts(dprojected, dt_weight, A)
+        dA, dD, ddt_bias = new_gradients((scanned[2], *scanned[5::2]), [True] * 3)
+        found = [_pair(du), _pair(ddelta), dA, _pair(dB), _pair(dC), dD, dz, ddt_bias, None]
+        selective_scan_bwd(dout.contiguous().mT, None, *scanned, None, None, states, True, False, found)
+        for part, others in ((dB, dB_elsewhere), (dC, dC_elsewhere)):
+            for way, other in enumerate(others):
+                if other is not None:
+                    part[way] += other
+        dt = _parts(projected, dt_weight, A)[0]
+        torch.bmm(ddelta.flatten(1, 2), dt_weight, out=ddt.flatten(1, 2))
+        for way in range(2):  # one by one: cuBLAS cuts a sum over all steps in pieces, unless it is one of a batch
+            torch.mm(ddelta[way].flatten(0, 1).mT, dt[way].flatten(0, 1), out=ddt_weight[way])
+            torch.mm(dprojected[way].flatten(0, 1).mT, u[way].flatten(0, 1), out=dx_weight[way])
+        du.flatten(1, 2).baddbmm_(dprojected.flatten(1, 2), x_weight)
+        dconv_weight, dconv_bias = bidirectional_conv1d_bwd(_pair(du), x, conv_weight, conv_bias, dx)
         dx_proj, ddt_proj, dA_log = _alike(x_proj), _alike(dt_proj), _alike(A_log)
         _lay_back(dx_weight, ddt_weight, dA, A, dx_proj, ddt_proj, dA_log)
     ddt_bias, dD = ddt_bias.to(dt_bias[0].dtype), dD.to(D[0].dtype)
