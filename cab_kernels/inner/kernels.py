@@ -9,7 +9,8 @@ and what the projections add to that of u is added by the product that computes 
 
 The parts of a row of projections begin at multiples of 16 bytes, as fast products and vector loads want them: dt has
 columns of zeros behind its own, *padded* in all. One kernel lays the weights out so, casts them, and makes A of A_log;
-another one does the opposite to their gradients. A program of these owns BLOCK numbers of each of three tensors.
+another one does the opposite to their gradients. A program of these owns BLOCK numbers of each of three tensors. A
+third one adds what others, the bridges, give B and C as gradients.
 """
 
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from cab_kernels.scan.kernels import new_gradients, new_results, selective_scan_
 Pair = Sequence[Tensor]
 
 BLOCK = 256
+BLOCK_ROWS = 64
 
 
 @triton.jit
@@ -76,6 +78,21 @@ def _weights_grad_kernel(
         tl.store(dA_log[way] + offs, value.to(dA_log[way].dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _add_projections_kernel(
+    out_ptr, given, rows, columns, padded, dstate, BLOCK_ROWS: tl.constexpr, BLOCK_STATE: tl.constexpr
+):
+    """Add what both B and both C are given, (rows, dstate) each, where they lie in BLOCK_ROWS rows of projections."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    state = tl.arange(0, BLOCK_STATE)[None, :]
+    mask = (row < rows) & (state < dstate)
+    for i in tl.static_range(4):
+        place = out_ptr + ((i % 2) * tl.cast(rows, tl.int64) + row) * columns + padded + (i // 2) * dstate + state
+        total = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(given[i] + row * dstate + state, mask=mask, other=0.0).to(tl.float32)
+        tl.store(place, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 def _new_weights(xz: Tensor, dt_proj: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Room for both directions' x_proj and dt_proj as the products take them, and A."""
     (dim, rank), dstate = dt_proj.shape, A_log.shape[1]
@@ -121,6 +138,30 @@ def _lay_back(
             A.shape[2],
             dim,
             BLOCK=BLOCK,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+
+
+def _add_projections(dprojected: Tensor, dt_weight: Tensor, dB: list[Tensor | None], dC: list[Tensor | None]) -> None:
+    """Add to the gradients of B and C in ``dprojected`` those that are given; none counts as zero."""
+    given = [*dB, *dC]
+    if all(gradient is None for gradient in given):
+        return
+    _, batch, length, columns = dprojected.shape
+    padded = dt_weight.shape[2]
+    dstate = (columns - padded) // 2
+    size = (batch, length, dstate)
+    with torch.cuda.device_of(dprojected):
+        _add_projections_kernel[(triton.cdiv(batch * length, BLOCK_ROWS),)](
+            dprojected,
+            tuple(dprojected.new_zeros(size) if gradient is None else gradient.contiguous() for gradient in given),
+            batch * length,
+            columns,
+            padded,
+            dstate,
+            BLOCK_ROWS=BLOCK_ROWS,
+            BLOCK_STATE=triton.next_power_of_2(dstate),
             num_warps=4,
             enable_fp_fusion=True,
         )
@@ -228,10 +269,7 @@ def bidirectional_mamba_inner_backward(
         dA, dD, ddt_bias = new_gradients((scanned[2], *scanned[5::2]), [True] * 3)
         found = [_pair(du), _pair(ddelta), dA, _pair(dB), _pair(dC), dD, dz, ddt_bias, None]
         selective_scan_bwd(dout.contiguous().mT, None, *scanned, None, None, states, True, False, found)
-        for part, others in ((dB, dB_elsewhere), (dC, dC_elsewhere)):
-            for way, other in enumerate(others):
-                if other is not None:
-                    part[way] += other
+        _add_projections(dprojected, dt_weight, dB_elsewhere, dC_elsewhere)
         dt = _parts(projected, dt_weight, A)[0]
         torch.bmm(ddelta.flatten(1, 2), dt_weight, out=ddt.flatten(1, 2))
         for way in range(2):  # one by one: cuBLAS cuts a sum over all steps in pieces, unless it is one of a batch

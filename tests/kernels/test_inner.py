@@ -239,7 +239,9 @@ def test_compiles_for_sm_80_90_and_100(compile_offline):
     conv |= {"x_ptr": "*bf16", "out_ptr": "*bf16", "dx_ptr": "*bf16", "douts": ["*bf16", "*bf16"]}
     conv |= dict.fromkeys(("weights", "biases", "partials"), pair)
     conv_constants = {"WIDTH": 4, "ALIGN": 8, "NATIVE": True, "BLOCK_DIM": 128}
+    rows = {"out_ptr": "*bf16", "given": ["*bf16"] * 4, "rows": "i32", "columns": "i32"} | sizes
     kernels = [
+        ("inner.kernels", "_add_projections_kernel", rows, {"BLOCK_ROWS": 64, "BLOCK_STATE": 16}),
         ("inner.kernels", "_weights_kernel", weights | given | sizes, {"BLOCK": 256}),
         ("inner.kernels", "_weights_grad_kernel", gradients_ | sizes, {"BLOCK": 256}),
         ("conv.bidirectional_kernels", "_bidirectional_conv1d_fwd_kernel", conv, conv_constants | {"BLOCK_RUNS": 4}),
