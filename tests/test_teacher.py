@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cab.teachers.frozen import FrozenLinear
 from cab.teachers.timm import TimmTeacher
 from cab.token_map import TokenLayout
 
@@ -161,8 +163,39 @@ def test_other_means_give_the_same_logits() -> None:
         teacher = TimmTeacher(model).double()
         changed = {type(module).__name__ for module in model.modules()}
         torch.testing.assert_close(teacher(images), expected)
-    assert {"PatchConv2d", "FrozenLayerNorm"} <= changed
-    assert not {"Conv2d", "LayerNorm"} & changed
+    assert {"PatchConv2d", "FrozenLayerNorm", "FrozenLinear"} <= changed
+    assert not {"Conv2d", "LayerNorm", "Linear"} & changed
+
+
+def test_parameters_are_cast_for_autocast_once_until_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = nn.Linear(4, 3), torch.rand(2, 4)
+    plain = copy.deepcopy(layer)
+    layer.__class__ = FrozenLinear
+    used = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *given: used.append(given) or linear(x, *given))
+
+    def same(dtype: torch.dtype, enabled: bool = True) -> bool:
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=enabled):
+            return torch.equal(layer(x), plain(x))
+
+    assert same(torch.bfloat16)
+    assert same(torch.bfloat16)
+    first, second = used[0], used[2]
+    assert all(one is other and one.dtype == torch.bfloat16 for one, other in zip(first, second, strict=True))
+    with torch.no_grad():
+        for module in (layer, plain):
+            module.weight.fill_(0.3)
+    assert same(torch.bfloat16)
+    layer.load_state_dict({"weight": torch.rand(3, 4), "bias": torch.rand(3)})
+    plain.load_state_dict(layer.state_dict())
+    assert same(torch.bfloat16)
+    assert same(torch.float16)
+    assert same(torch.bfloat16, enabled=False)
+    layer.double()
+    plain.double()
+    x = x.double()
+    assert same(torch.bfloat16)
 
 
 def test_callback_runs_with_the_callers_gradient_mode() -> None:

@@ -76,7 +76,10 @@ class Alignment:
         self.students = groups * turns
         self.key_weights = bridges.key.split(counts) * turns
         self.query_weights = bridges.query.split(counts) * turns
-        self.of_layers: list[Tensor] = []  # (layers,) of each teacher layer that has students
+        self.directions = bridges.directions
+        # Of each teacher layer that has students, a number for each of its bridges.
+        self.of_keys: list[Tensor] = []
+        self.of_queries: list[Tensor] = []
 
     def __call__(self, layer: int, query: Tensor, key: Tensor) -> None:
         """Meet Q and K (batch, heads, tokens, head_dim) of one teacher layer."""
@@ -84,10 +87,9 @@ class Alignment:
         directions = [direction for index in students for direction in self.projections[index]]
         if directions:
             sources = [direction.B for direction in directions], [direction.C for direction in directions]
-            keys = self._losses(sources[0], self.key_weights[layer], self.targets.key(layer, key, self.mask))
-            queries = self._losses(sources[1], self.query_weights[layer], self.targets.query(layer, query, self.mask))
-            losses = (keys + queries).view(len(students), -1).sum(1)
-            self.of_layers.append(losses if self.shares is None else self.shares[:, layer] * losses)
+            keys, queries = self.targets.key(layer, key, self.mask), self.targets.query(layer, query, self.mask)
+            self.of_keys.append(self._losses(sources[0], self.key_weights[layer], keys))
+            self.of_queries.append(self._losses(sources[1], self.query_weights[layer], queries))
 
     def _losses(self, sources: list[Tensor], weights: BridgeWeights, target: Target) -> Tensor:
         if weights.w1 is None or weights.b1 is None:
@@ -128,7 +130,8 @@ class Alignment:
 
     def layers(self) -> Tensor:
         """The loss of each Mamba layer, (layers,) float32, once all layers of the teacher have been met."""
-        return torch.cat(self.of_layers) if self.shares is None else torch.stack(self.of_layers).sum(0)
+        losses = (torch.cat(self.of_keys) + torch.cat(self.of_queries)).view(-1, self.directions).sum(1)
+        return losses if self.shares is None else (self.shares.T * losses.view_as(self.shares.T)).sum(0)
 
     def loss(self) -> Tensor:
         """Their mean, 0-d."""

@@ -14,16 +14,9 @@ from torch import Tensor, nn
 
 from cab.patches import patches_as_products
 from cab.teachers.attention_calls import ScaledDotProductCalls
+from cab.teachers.frozen import FrozenLayerNorm, FrozenLinear
 from cab.teachers.teacher import AttentionSink, LayerSink, Teacher
 from cab.token_map import TokenLayout
-from cab_kernels import frozen_layer_norm_fn
-
-
-class FrozenLayerNorm(nn.LayerNorm):
-    """A layer norm without a gradient; under autocast its result is what the linear layer after it would cast it to."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return frozen_layer_norm_fn(x, self.weight, self.bias, self.eps)
 
 
 class TimmTeacher(Teacher):
@@ -129,6 +122,8 @@ def _run_faster(model: nn.Module) -> None:
         norm = type(module) in (nn.LayerNorm, timm.layers.LayerNorm)
         if norm and module.weight is not None and len(module.normalized_shape) == 1:
             module.__class__ = FrozenLayerNorm
+        elif type(module) is nn.Linear:
+            module.__class__ = FrozenLinear
         if hasattr(module, "fused_attn"):
             module.fused_attn = True  # through scaled_dot_product_attention
 

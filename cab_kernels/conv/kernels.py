@@ -243,6 +243,77 @@ def _causal_conv1d_fwd_kernel(
     _store_run(out_ptr, out, stride_out_row, start, offs_dim, dim, length, TIME_FAST)
 
 
+@triton.jit
+def _load_dout(
+    dout_ptr, stride_row, start, offs_dim, dim, length,
+    WIDTH: tl.constexpr, REVERSE: tl.constexpr, TIME_FAST: tl.constexpr,
+):  # fmt: skip
+    """A run of ``dout`` and what follows it; entry i is the step beside x[i] with REVERSE, else x[i + WIDTH - 1]."""
+    own = _load_run(dout_ptr, stride_row, start, offs_dim, dim, length, 0.0, TIME_FAST)
+    near = _load_run(
+        dout_ptr, stride_row, start - RUN if REVERSE else start + RUN, offs_dim, dim, length, 0.0, TIME_FAST
+    )
+    return near[RUN - (WIDTH - 1) :] + own if REVERSE else own + near[: WIDTH - 1]
+
+
+@triton.jit
+def _pre_gradients(
+    dout, x, seq, weight, bias,
+    WIDTH: tl.constexpr, REVERSE: tl.constexpr, HAS_SEQ_IDX: tl.constexpr, SILU: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """``dpre``, entry by entry of ``dout``; ``x`` has context on both sides."""
+    dpre = ()
+    for i in tl.static_range(RUN + WIDTH - 1):
+        grad = dout[i].to(tl.float32)
+        if HAS_SEQ_IDX:
+            grad = tl.where(seq[i + (0 if REVERSE else WIDTH - 1)] >= 0, grad, 0.0)
+        if SILU:
+            pre = _convolve(x, seq, weight, bias, i, WIDTH, REVERSE, HAS_SEQ_IDX)
+            gate = sigmoid(pre, NATIVE)
+            grad = grad * (gate * (1.0 + pre * (1.0 - gate)))
+        dpre = dpre + (grad,)
+    return dpre
+
+
+@triton.jit
+def _x_gradient(
+    value, dpre, seq, weight, i: tl.constexpr,
+    WIDTH: tl.constexpr, REVERSE: tl.constexpr, HAS_SEQ_IDX: tl.constexpr,
+):  # fmt: skip
+    """``value`` plus the i-th step of ``dx``."""
+    for tap in tl.static_range(WIDTH):
+        grad = dpre[i + (tap if REVERSE else WIDTH - 1 - tap)]
+        if HAS_SEQ_IDX:
+            same = seq[i + (tap if REVERSE else 2 * (WIDTH - 1) - tap)] == seq[i + WIDTH - 1]
+            grad = tl.where(same, grad, 0.0)
+        value = weight[tap] * grad + value
+    return value
+
+
+@triton.jit
+def _filter_gradients(
+    dfilter, dpre, x, seq, WIDTH: tl.constexpr, REVERSE: tl.constexpr, HAS_SEQ_IDX: tl.constexpr
+):  # fmt: skip
+    """``dfilter``, the sums for each tap and the bias, plus those of a run."""
+    sums = ()
+    for tap in tl.static_range(WIDTH):
+        value = dfilter[tap]
+        for i in tl.static_range(WIDTH - 1 if REVERSE else 0, RUN + (WIDTH - 1 if REVERSE else 0)):
+            value = dpre[i] * _seen(x, seq, i, tap, WIDTH, REVERSE, HAS_SEQ_IDX) + value
+        sums = sums + (value,)
+    value = dfilter[WIDTH]
+    for i in tl.static_range(WIDTH - 1 if REVERSE else 0, RUN + (WIDTH - 1 if REVERSE else 0)):
+        value += dpre[i]
+    return sums + (value,)
+
+
+@triton.jit
+def _store_filter(partial_ptr, dfilter, offs_dim, dim, WIDTH: tl.constexpr):
+    for tap in tl.static_range(WIDTH + 1):
+        total = tl.sum(dfilter[tap], axis=1, keep_dims=True)
+        tl.store(partial_ptr + tap * dim + offs_dim, total, mask=offs_dim < dim)
+
+
 @triton.jit(
     do_not_specialize=[
         "dim", "length", "groups", "blocks", "stride_x_batch", "stride_x_row", "stride_dout_batch", "stride_dout_row",
@@ -254,8 +325,7 @@ def _causal_conv1d_bwd_kernel(
     dim, length, groups, blocks,
     stride_x_batch, stride_x_row, stride_dout_batch, stride_dout_row, stride_dx_batch, stride_dx_row,
     WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ_IDX: tl.constexpr,
-    SILU: tl.constexpr, REVERSE: tl.constexpr, NEEDS_DX: tl.constexpr, ADD_DX: tl.constexpr,
-    NEEDS_DWEIGHT: tl.constexpr,
+    SILU: tl.constexpr, REVERSE: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DWEIGHT: tl.constexpr,
     TIME_FAST: tl.constexpr, ALIGN: tl.constexpr, NATIVE: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_RUNS: tl.constexpr,
 ):  # fmt: skip
@@ -292,42 +362,17 @@ def _causal_conv1d_bwd_kernel(
             WIDTH, REVERSE, HAS_INITIAL, TIME_FAST,
         )  # fmt: skip
         x = before[RUN - (WIDTH - 1) :] + own + after[: WIDTH - 1]
-        dout = _load_run(dout_ptr, stride_dout_row, start, offs_dim, dim, length, 0.0, TIME_FAST)
-        near = _load_run(
-            dout_ptr, stride_dout_row, start - RUN if REVERSE else start + RUN, offs_dim, dim, length, 0.0, TIME_FAST
-        )
-        # Entry i of dout and dpre is the step beside x[i] with REVERSE, else beside x[i + WIDTH - 1].
-        dout = near[RUN - (WIDTH - 1) :] + dout if REVERSE else dout + near[: WIDTH - 1]
         seq = ()
         if HAS_SEQ_IDX:
             seq = _load_seq_idx(seq_idx_ptr + pid_batch * length, start, length)
             seq = seq[RUN - (WIDTH - 1) : 2 * RUN + WIDTH - 1]
-
-        dpre = ()
-        for i in tl.static_range(RUN + WIDTH - 1):
-            grad = dout[i].to(tl.float32)
-            if HAS_SEQ_IDX:
-                grad = tl.where(seq[i + (0 if REVERSE else WIDTH - 1)] >= 0, grad, 0.0)
-            if SILU:
-                pre = _convolve(x, seq, weight, bias, i, WIDTH, REVERSE, HAS_SEQ_IDX)
-                gate = sigmoid(pre, NATIVE)
-                grad = grad * (gate * (1.0 + pre * (1.0 - gate)))
-            dpre = dpre + (grad,)
-
+        dout = _load_dout(dout_ptr, stride_dout_row, start, offs_dim, dim, length, WIDTH, REVERSE, TIME_FAST)
+        dpre = _pre_gradients(dout, x, seq, weight, bias, WIDTH, REVERSE, HAS_SEQ_IDX, SILU, NATIVE)
         if NEEDS_DX:
             dx = ()
-            earlier = ()
-            if ADD_DX:
-                earlier = _load_run(dx_ptr, stride_dx_row, start, offs_dim, dim, length, 0.0, TIME_FAST)
             for i in tl.static_range(RUN):
-                value = earlier[i].to(tl.float32) if ADD_DX else tl.zeros([BLOCK_DIM, BLOCK_RUNS], tl.float32)
-                for tap in tl.static_range(WIDTH):
-                    grad = dpre[i + (tap if REVERSE else WIDTH - 1 - tap)]
-                    if HAS_SEQ_IDX:
-                        same = seq[i + (tap if REVERSE else 2 * (WIDTH - 1) - tap)] == seq[i + WIDTH - 1]
-                        grad = tl.where(same, grad, 0.0)
-                    value = weight[tap] * grad + value
-                dx = dx + (value,)
+                nothing = tl.zeros([BLOCK_DIM, BLOCK_RUNS], tl.float32)
+                dx = dx + (_x_gradient(nothing, dpre, seq, weight, i, WIDTH, REVERSE, HAS_SEQ_IDX),)
             _store_run(dx_ptr, dx, stride_dx_row, start, offs_dim, dim, length, TIME_FAST)
             if HAS_INITIAL:
                 for i in tl.static_range(RUN):
@@ -336,21 +381,10 @@ def _causal_conv1d_bwd_kernel(
                     offset = offs_dim.to(tl.int64) * (WIDTH - 1) + column
                     tl.store(dinitial_ptr + offset, dx[i].to(dinitial_ptr.dtype.element_ty), mask=inside)
         if NEEDS_DWEIGHT:
-            sums = ()
-            for tap in tl.static_range(WIDTH):
-                value = dfilter[tap]
-                for i in tl.static_range(WIDTH - 1 if REVERSE else 0, RUN + (WIDTH - 1 if REVERSE else 0)):
-                    value = dpre[i] * _seen(x, seq, i, tap, WIDTH, REVERSE, HAS_SEQ_IDX) + value
-                sums = sums + (value,)
-            value = dfilter[WIDTH]
-            for i in tl.static_range(WIDTH - 1 if REVERSE else 0, RUN + (WIDTH - 1 if REVERSE else 0)):
-                value += dpre[i]
-            dfilter = sums + (value,)
+            dfilter = _filter_gradients(dfilter, dpre, x, seq, WIDTH, REVERSE, HAS_SEQ_IDX)
 
     if NEEDS_DWEIGHT:
-        for tap in tl.static_range(WIDTH + 1):
-            total = tl.sum(dfilter[tap], axis=1, keep_dims=True)
-            tl.store(partial_ptr + tap * dim + offs_dim, total, mask=offs_dim < dim)
+        _store_filter(partial_ptr, dfilter, offs_dim, dim, WIDTH)
 
 
 @triton.jit(do_not_specialize=["programs", "dim"])
@@ -376,7 +410,7 @@ def _causal_conv1d_reduce_kernel(
         tl.store(dbias_ptr + offs_dim, grad.to(dbias_ptr.dtype.element_ty), mask=(offs_dim < dim) & (tap == WIDTH))
 
 
-class _Tiling(NamedTuple):
+class Tiling(NamedTuple):
     """How the programs of a launch divide the work."""
 
     block_dim: int
@@ -390,13 +424,13 @@ class _Tiling(NamedTuple):
 #   128 x 384 x 197     short    8 x 32: 0.035 / 0.080     32 x 4: 0.039 / 0.122      32 x 1: 0.045 / 0.100
 #   8 x 1536 x 2048     long     2 x 64: 0.040 / 0.067     4 x 32: 0.040 / 0.071      8 x 16: 0.043 / 0.106
 #   8 x 1536 x 2048  channels   64 x 4: 0.044 / 0.082    128 x 4: 0.039 forward     128 x 2: 0.039 / 0.088
-_SHORT = _Tiling(8, 32, 1)
-_LONG = _Tiling(2, 64, 4)
-_CHANNELS_FWD = _Tiling(128, 4, 1)
-_CHANNELS_BWD = _Tiling(64, 4, 8)
+_SHORT = Tiling(8, 32, 1)
+_LONG = Tiling(2, 64, 4)
+_CHANNELS_FWD = Tiling(128, 4, 1)
+_CHANNELS_BWD = Tiling(64, 4, 8)
 
 
-def _tiling(time_fast: bool, length: int, backward: bool) -> _Tiling:
+def _tiling(time_fast: bool, length: int, backward: bool) -> Tiling:
     if time_fast:
         return _SHORT if length <= _SHORT.block_runs * RUN.value else _LONG
     return _CHANNELS_BWD if backward else _CHANNELS_FWD
@@ -416,7 +450,7 @@ def _with_contiguous(tensor: Tensor, time_fast: bool) -> Tensor:
     return tensor.contiguous() if time_fast else tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _alignment(slow: int, *tensors: Tensor) -> int:
+def alignment(slow: int, *tensors: Tensor) -> int:
     """The most elements, up to a run, that divide the contiguous axis and the place of every row of every tensor."""
     places = [tensors[0].shape[3 - slow]]
     for tensor in tensors:
@@ -425,7 +459,7 @@ def _alignment(slow: int, *tensors: Tensor) -> int:
     return math.gcd(RUN.value, *places)
 
 
-def _native(tensor: Tensor) -> bool:
+def native(tensor: Tensor) -> bool:
     """Whether kernels on ``tensor`` may use the instructions of NVIDIA GPUs."""
     return tensor.is_cuda and torch.version.hip is None and not interpreting()
 
@@ -438,11 +472,10 @@ def causal_conv1d_fwd(
     seq_idx: Tensor | None,
     silu: bool,
     reverse: bool,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """Launch the forward kernel: ``out``, if not given, is dense. The same axis is contiguous in it as in ``x``."""
+    """Launch the forward kernel: ``out`` is dense, with the same axis contiguous as ``x``."""
     x, time_fast = _readable(x)
-    out = torch.empty_like(x) if out is None else out
+    out = torch.empty_like(x)
     if out.numel() == 0:
         return out
     batch, dim, length = x.shape
@@ -471,8 +504,8 @@ def causal_conv1d_fwd(
             SILU=silu,
             REVERSE=reverse,
             TIME_FAST=time_fast,
-            ALIGN=_alignment(slow, x, out),
-            NATIVE=_native(x),
+            ALIGN=alignment(slow, x, out),
+            NATIVE=native(x),
             BLOCK_DIM=tiling.block_dim,
             BLOCK_RUNS=tiling.block_runs,
             num_warps=tiling.num_warps,
@@ -493,13 +526,11 @@ def causal_conv1d_bwd(
     needs_dx: bool,
     needs_dweight: bool,
     dx: Tensor | None = None,
-    add_dx: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the backward kernels: dx, dweight, dbias, dinitial_states, of no elements where one is not needed.
 
     ``needs_dx`` stands for ``x`` and ``initial_states``, ``needs_dweight`` for ``weight`` and ``bias``: the kernel
-    computes each pair together. A ``dx`` that is given, with the same axis contiguous as ``x``, is written, or with
-    ``add_dx`` added to.
+    computes each pair together. A ``dx`` that is given, with the same axis contiguous as ``x``, is written.
     """
     x, time_fast = _readable(x)
     dout = _with_contiguous(dout, time_fast)
@@ -543,31 +574,37 @@ def causal_conv1d_bwd(
                 SILU=silu,
                 REVERSE=reverse,
                 NEEDS_DX=needs_dx,
-                ADD_DX=add_dx,
                 NEEDS_DWEIGHT=needs_dweight,
                 TIME_FAST=time_fast,
-                ALIGN=_alignment(slow, x, dout, dx) if needs_dx else _alignment(slow, x, dout),
-                NATIVE=_native(x),
+                ALIGN=alignment(slow, x, dout, dx) if needs_dx else alignment(slow, x, dout),
+                NATIVE=native(x),
                 BLOCK_DIM=tiling.block_dim,
                 BLOCK_RUNS=tiling.block_runs,
                 num_warps=tiling.num_warps,
                 enable_fp_fusion=True,
             )
-        if needs_dweight and dim > 0:
-            _causal_conv1d_reduce_kernel[((width + 1) * triton.cdiv(dim, 32),)](
-                partial_ptr=partial,
-                dweight_ptr=dweight,
-                dbias_ptr=dbias,
-                programs=programs,
-                dim=dim,
-                WIDTH=width,
-                HAS_BIAS=bias is not None,
-                BLOCK_PROGRAMS=64,
-                BLOCK_DIM=32,
-                num_warps=4,
-                enable_fp_fusion=True,
-            )
+        if needs_dweight:
+            reduce_partials(partial, dweight, dbias)
     return dx, dweight, dbias, dinitial
+
+
+def reduce_partials(partial: Tensor, dweight: Tensor, dbias: Tensor) -> None:
+    """Add up what the programs, (programs, width + 1, dim), gave dweight and dbias, of no elements if not needed."""
+    programs, taps, dim = partial.shape
+    if dim > 0:
+        _causal_conv1d_reduce_kernel[(taps * triton.cdiv(dim, 32),)](
+            partial_ptr=partial,
+            dweight_ptr=dweight,
+            dbias_ptr=dbias,
+            programs=programs,
+            dim=dim,
+            WIDTH=taps - 1,
+            HAS_BIAS=dbias.numel() > 0,
+            BLOCK_PROGRAMS=64,
+            BLOCK_DIM=32,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -5,11 +5,12 @@
 Both directions lie side by side, (2, batch, length, ...), so that a product serves both. Kept for backward: xz, the
 projections dt | B | C, the scan's states and the weights as the products take them. Made again: u and delta. Gradients
 are written where they are wanted: those of x and z as the halves of one tensor, those of dt, B and C as parts of one,
-and what the projections add to that of u, and the second direction to that of x, is added by what computes it.
+and what the projections add to that of u is added by the product that computes it.
 
 The parts of a row of projections begin at multiples of 16 bytes, as fast products and vector loads want them: dt has
 columns of zeros behind its own, *padded* in all. One kernel lays the weights out so, casts them, and makes A of A_log;
-another one does the opposite to their gradients. A program of these owns BLOCK numbers of each of three tensors.
+another one does the opposite to their gradients. A program of these owns BLOCK numbers of each of three tensors. A
+third one adds what others, the bridges, give B and C as gradients.
 """
 
 from collections.abc import Sequence
@@ -21,13 +22,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cab_kernels.conv.kernels import causal_conv1d_bwd, causal_conv1d_fwd
-from cab_kernels.scan.bidirectional_kernels import bidirectional_selective_scan, bidirectional_selective_scan_backward
-from cab_kernels.scan.kernels import new_results
+from cab_kernels.conv.bidirectional_kernels import bidirectional_conv1d_bwd, bidirectional_conv1d_fwd
+from cab_kernels.scan.kernels import new_gradients, new_results, selective_scan_bwd, selective_scan_fwd
 
 Pair = Sequence[Tensor]
 
 BLOCK = 256
+BLOCK_ROWS = 64
 
 
 @triton.jit
@@ -75,6 +76,21 @@ def _weights_grad_kernel(
         place = way * dim * dstate + offs
         value = tl.load(dA_ptr + place, mask=inside, other=0.0) * tl.load(A_ptr + place, mask=inside, other=0.0)
         tl.store(dA_log[way] + offs, value.to(dA_log[way].dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _add_projections_kernel(
+    out_ptr, given, rows, columns, padded, dstate, BLOCK_ROWS: tl.constexpr, BLOCK_STATE: tl.constexpr
+):
+    """Add what both B and both C are given, (rows, dstate) each, where they lie in BLOCK_ROWS rows of projections."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    state = tl.arange(0, BLOCK_STATE)[None, :]
+    mask = (row < rows) & (state < dstate)
+    for i in tl.static_range(4):
+        place = out_ptr + ((i % 2) * tl.cast(rows, tl.int64) + row) * columns + padded + (i // 2) * dstate + state
+        total = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(given[i] + row * dstate + state, mask=mask, other=0.0).to(tl.float32)
+        tl.store(place, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def _new_weights(xz: Tensor, dt_proj: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,13 +143,28 @@ def _lay_back(
         )
 
 
-def _convolve(x: Tensor, conv_weight: Pair, conv_bias: Pair) -> Tensor:
-    """u of both directions, (2, batch, length, dim), of x (batch, dim, length)."""
-    batch, dim, length = x.shape
-    u = x.new_empty(2, batch, length, dim)
-    for way in range(2):
-        causal_conv1d_fwd(x, conv_weight[way], conv_bias[way], None, None, True, bool(way), out=u[way].mT)
-    return u
+def _add_projections(dprojected: Tensor, dt_weight: Tensor, dB: list[Tensor | None], dC: list[Tensor | None]) -> None:
+    """Add to the gradients of B and C in ``dprojected`` those that are given; none counts as zero."""
+    given = [*dB, *dC]
+    if all(gradient is None for gradient in given):
+        return
+    _, batch, length, columns = dprojected.shape
+    padded = dt_weight.shape[2]
+    dstate = (columns - padded) // 2
+    size = (batch, length, dstate)
+    with torch.cuda.device_of(dprojected):
+        _add_projections_kernel[(triton.cdiv(batch * length, BLOCK_ROWS),)](
+            dprojected,
+            tuple(dprojected.new_zeros(size) if gradient is None else gradient.contiguous() for gradient in given),
+            batch * length,
+            columns,
+            padded,
+            dstate,
+            BLOCK_ROWS=BLOCK_ROWS,
+            BLOCK_STATE=triton.next_power_of_2(dstate),
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
 
 
 def _product(inputs: Tensor, weight: Tensor) -> Tensor:
@@ -146,12 +177,17 @@ def _parts(projected: Tensor, dt_weight: Tensor, A: Tensor) -> Sequence[Tensor]:
     return projected.split([dt_weight.shape[2], A.shape[2], A.shape[2]], dim=-1)
 
 
+def _pair(both: Tensor) -> list[Tensor]:
+    """As the scan takes what lies side by side, (2, batch, length, channels)."""
+    return list(both.mT.unbind())
+
+
 def _scanned(
     u: Tensor, projected: Tensor, z: Tensor, dt_weight: Tensor, dt_bias: Pair, A: Tensor, D: Pair
 ) -> tuple[Any, ...]:
     """What is scanned: pairs of (batch, channels, length), and of parameters in float32."""
     dt, B, C = _parts(projected, dt_weight, A)
-    us, deltas, Bs, Cs = (list(both.mT.unbind()) for both in (u, _product(dt, dt_weight), B, C))
+    us, deltas, Bs, Cs = map(_pair, (u, _product(dt, dt_weight), B, C))
     return us, deltas, list(A), Bs, Cs, [skip.float() for skip in D], z, [bias.float() for bias in dt_bias]
 
 
@@ -175,9 +211,11 @@ def bidirectional_mamba_inner(
         x, z = xz.contiguous().mT.chunk(2, dim=1)
         x_weight, dt_weight, A = _new_weights(xz, dt_proj[0], A_log[0])
         _lay_out(x_proj, dt_proj, A_log, x_weight, dt_weight, A)
-        u = _convolve(x, conv_weight, conv_bias)
+        u = bidirectional_conv1d_fwd(x, conv_weight, conv_bias)
         projected = _product(u, x_weight)
-        out, states = bidirectional_selective_scan(*_scanned(u, projected, z, dt_weight, dt_bias, A, D), True, keep)
+        scanned = _scanned(u, projected, z, dt_weight, dt_bias, A, D)
+        outs, _, states = selective_scan_fwd(*scanned, None, None, True, False, False, keep)
+        out = outs[0].add_(outs[1])
     return out.mT, projected, states, x_weight, dt_weight, A
 
 
@@ -198,8 +236,8 @@ def _alike(pair: Pair) -> list[Tensor]:
 @torch.library.custom_op("cab_kernels::bidirectional_mamba_inner_backward", mutates_args=())
 def bidirectional_mamba_inner_backward(
     dout: Tensor,
-    dB: list[Tensor | None],
-    dC: list[Tensor | None],
+    dB_elsewhere: list[Tensor | None],
+    dC_elsewhere: list[Tensor | None],
     xz: Tensor,
     conv_weight: list[Tensor],
     conv_bias: list[Tensor],
@@ -216,39 +254,31 @@ def bidirectional_mamba_inner_backward(
 ) -> list[Tensor]:
     """The gradients of ``bidirectional_mamba_inner``, in the order of its tensors. It has none of its own.
 
-    dB and dC are what others, who have seen B and C, give them. Of dt_bias and D both directions' are one tensor.
+    What is from elsewhere, others, who have seen B and C, give these. Of dt_bias and D both directions' are one tensor.
     """
     with torch.autocast(xz.device.type, enabled=False):
         xz = xz.contiguous()
         x, z = xz.mT.chunk(2, dim=1)
-        u = _convolve(x, conv_weight, conv_bias)
-        gradients = bidirectional_selective_scan_backward(
-            dout.contiguous().mT, *_scanned(u, projected, z, dt_weight, dt_bias, A, D), states, True, [True] * 8
+        u = bidirectional_conv1d_fwd(x, conv_weight, conv_bias)
+        scanned = _scanned(u, projected, z, dt_weight, dt_bias, A, D)
+        dxz, dprojected, dx_weight, ddt_weight, du, ddelta = map(
+            torch.empty_like, (xz, projected, x_weight, dt_weight, u, u)
         )
-        du, ddelta, (dA, *dBC), (dD, dz_of_scan, ddt_bias) = (
-            gradients[:2], gradients[2:4], gradients[4:9], gradients[9:],
-        )  # fmt: skip
-        dxz, dprojected, dx_weight, ddt_weight = map(torch.empty_like, (xz, projected, x_weight, dt_weight))
         dx, dz = dxz.mT.chunk(2, dim=1)
-        dz.copy_(dz_of_scan)
-        of_conv = []
-        for way in range(2):
-            ddt, *parts = _parts(dprojected[way], dt_weight, A)
-            for part, of_scan, other in zip(parts, dBC[way::2], (dB[way], dC[way]), strict=True):
-                part.copy_(of_scan.mT) if other is None else torch.add(of_scan.mT, other, out=part)
-            dt = _parts(projected[way], dt_weight, A)[0]
-            dt, ddt, rows, rows_u, rows_du, rows_ddelta = (
-                tensor.flatten(0, 1) for tensor in (dt, ddt, dprojected[way], u[way], du[way].mT, ddelta[way].mT)
-            )
-            torch.mm(rows_ddelta, dt_weight[way], out=ddt)
-            torch.mm(rows_ddelta.mT, dt, out=ddt_weight[way])
-            torch.mm(rows.mT, rows_u, out=dx_weight[way])
-            rows_du.addmm_(rows, x_weight[way])
-            given = x, conv_weight[way], conv_bias[way], None, None, True, bool(way), True, True
-            of_conv.append(causal_conv1d_bwd(du[way], *given, dx=dx, add_dx=way == 1)[1:3])
+        ddt, dB, dC = _parts(dprojected, dt_weight, A)
+        dA, dD, ddt_bias = new_gradients((scanned[2], *scanned[5::2]), [True] * 3)
+        found = [_pair(du), _pair(ddelta), dA, _pair(dB), _pair(dC), dD, dz, ddt_bias, None]
+        selective_scan_bwd(dout.contiguous().mT, None, *scanned, None, None, states, True, False, found)
+        _add_projections(dprojected, dt_weight, dB_elsewhere, dC_elsewhere)
+        dt = _parts(projected, dt_weight, A)[0]
+        torch.bmm(ddelta.flatten(1, 2), dt_weight, out=ddt.flatten(1, 2))
+        for way in range(2):  # one by one: cuBLAS cuts a sum over all steps in pieces, unless it is one of a batch
+            torch.mm(ddelta[way].flatten(0, 1).mT, dt[way].flatten(0, 1), out=ddt_weight[way])
+            torch.mm(dprojected[way].flatten(0, 1).mT, u[way].flatten(0, 1), out=dx_weight[way])
+        du.flatten(1, 2).baddbmm_(dprojected.flatten(1, 2), x_weight)
+        dconv_weight, dconv_bias = bidirectional_conv1d_bwd(_pair(du), x, conv_weight, conv_bias, dx)
         dx_proj, ddt_proj, dA_log = _alike(x_proj), _alike(dt_proj), _alike(A_log)
         _lay_back(dx_weight, ddt_weight, dA, A, dx_proj, ddt_proj, dA_log)
-    dconv_weight, dconv_bias = zip(*of_conv, strict=True)
     ddt_bias, dD = ddt_bias.to(dt_bias[0].dtype), dD.to(D[0].dtype)
     return [dxz, *dconv_weight, *dconv_bias, *dx_proj, *ddt_proj, ddt_bias, *dA_log, dD]
 

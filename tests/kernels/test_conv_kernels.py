@@ -211,7 +211,7 @@ def spec(backward: bool, options: bool, time_fast: bool) -> dict:
     constexprs |= {"BLOCK_DIM": 2, "BLOCK_RUNS": 64} if time_fast else {"BLOCK_DIM": 64, "BLOCK_RUNS": 4}
     constexprs |= {"seq_idx_ptr": None} if options else {"initial_ptr": None, "bias_ptr": None}
     if backward:
-        constexprs |= {"NEEDS_DX": True, "ADD_DX": time_fast, "NEEDS_DWEIGHT": True}
+        constexprs |= {"NEEDS_DX": True, "NEEDS_DWEIGHT": True}
         constexprs |= {} if options else {"dinitial_ptr": None}
     return {
         "module": "cab_kernels.conv.kernels",

@@ -144,6 +144,28 @@ def test_keeps_neither_u_nor_delta(device):
     assert made - weights < one
 
 
+def test_both_convolutions_are_those_of_either_direction(device):
+    """Over more than one block of channels, and over several blocks of runs in a program and several programs."""
+    from cab_kernels.conv.bidirectional_kernels import bidirectional_conv1d_bwd, bidirectional_conv1d_fwd
+
+    generator = torch.Generator().manual_seed(0)
+    for batch, dim, length, width in ((2, 131, 9, 4), (1, 8, 197, 3)):
+        shapes = ((batch, length, 2 * dim), (2, batch, length, dim), (2, dim, width), (2, dim))
+        xz, douts, weights, biases = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+        x, dx = (both.mT[:, :dim] for both in (xz.requires_grad_(), torch.full_like(xz, torch.nan)))
+        weights, biases = ([one.requires_grad_() for one in both.unbind()] for both in (weights, biases))
+        out = [
+            causal_conv1d_fn(x, weights[way], biases[way], "silu", reverse=bool(way), backend="reference")
+            for way in range(2)
+        ]
+        want = torch.autograd.grad(out, [xz, *weights, *biases], list(douts.mT))
+        with torch.no_grad():
+            got = bidirectional_conv1d_fwd(x, weights, biases)
+            of_filters = bidirectional_conv1d_bwd(list(douts.mT), x, weights, biases, dx)
+        torch.testing.assert_close(list(got.mT), out)
+        torch.testing.assert_close([dx, *of_filters[0], *of_filters[1]], [want[0].mT[:, :dim], *want[1:]])
+
+
 def test_a_graph_can_be_walked_again_and_gives_the_same_bits(device):
     inputs = make_inputs(device=device)
     results = inner(inputs, "triton")
@@ -212,14 +234,28 @@ def test_compiles_for_sm_80_90_and_100(compile_offline):
     weights = {"x_weight_ptr": "*bf16", "dt_weight_ptr": "*bf16", "A_ptr": "*fp32"}
     given = {"x_proj": pair, "dt_proj": pair, "A_log": pair}
     gradients_ = {f"d{name}": kind for name, kind in (weights | given).items()} | {"A_ptr": "*fp32"}
+    numbers = ("dim", "length", "groups", "blocks", "stride_x_batch", "stride_x_row", "stride_out_way")
+    conv = dict.fromkeys((*numbers, "stride_dx_batch", "stride_dx_row"), "i32")
+    conv |= {"x_ptr": "*bf16", "out_ptr": "*bf16", "dx_ptr": "*bf16", "douts": ["*bf16", "*bf16"]}
+    conv |= dict.fromkeys(("weights", "biases", "partials"), pair)
+    conv_constants = {"WIDTH": 4, "ALIGN": 8, "NATIVE": True, "BLOCK_DIM": 128}
+    rows = {"out_ptr": "*bf16", "given": ["*bf16"] * 4, "rows": "i32", "columns": "i32"} | sizes
+    kernels = [
+        ("inner.kernels", "_add_projections_kernel", rows, {"BLOCK_ROWS": 64, "BLOCK_STATE": 16}),
+        ("inner.kernels", "_weights_kernel", weights | given | sizes, {"BLOCK": 256}),
+        ("inner.kernels", "_weights_grad_kernel", gradients_ | sizes, {"BLOCK": 256}),
+        ("conv.bidirectional_kernels", "_bidirectional_conv1d_fwd_kernel", conv, conv_constants | {"BLOCK_RUNS": 4}),
+        ("conv.bidirectional_kernels", "_bidirectional_conv1d_bwd_kernel", conv, conv_constants | {"BLOCK_RUNS": 2}),
+    ]
+    options = {"num_warps": 4, "enable_fp_fusion": True}
     specs = [
         {
-            "module": "cab_kernels.inner.kernels",
+            "module": f"cab_kernels.{module}",
             "kernel": kernel,
-            "signature": signature | sizes,
-            "constexprs": {"BLOCK": 256},
-            "options": {"num_warps": 4, "enable_fp_fusion": True},
+            "signature": signature,
+            "constexprs": constants,
+            "options": options,
         }
-        for kernel, signature in (("_weights_kernel", weights | given), ("_weights_grad_kernel", gradients_))
+        for module, kernel, signature, constants in kernels
     ]
     assert len(compile_offline(specs).splitlines()) == 3 * len(specs)
