@@ -208,7 +208,7 @@ class _Call:
 
     def chain(self, parts, decays, start, backward: bool, channels: tuple[int, int]) -> None:
         """Turn what each span adds to the states into what it starts from."""
-        block = 128
+        block = 64
         _chain_kernel[(triton.cdiv((channels[1] - channels[0]) * self.N, block), self.sequences)](
             parts_ptr=parts,
             decays_ptr=decays,
@@ -222,7 +222,7 @@ class _Call:
             N=self.N,
             SPAN=self.span,
             BACKWARD=backward,
-            AHEAD=8,
+            AT_ONCE=16,
             BLOCK=block,
             num_warps=1,
             enable_fp_fusion=True,

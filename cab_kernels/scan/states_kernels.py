@@ -236,7 +236,7 @@ def _chain_kernel(
     N: tl.constexpr,
     SPAN: tl.constexpr,
     BACKWARD: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Owns BLOCK states of a sequence, and replaces what each span adds to them by what the span starts from.
@@ -264,15 +264,15 @@ def _chain_kernel(
         step = -step
     part_at = parts_ptr + start + offs
     decay_at = decays_ptr + start + offs
-    for span in range(0, spans, AHEAD):
+    for span in range(0, spans, AT_ONCE):
         parts = ()
         decays = ()
-        for i in tl.static_range(AHEAD):
+        for i in tl.static_range(AT_ONCE):
             inside = mask & (span + i < spans)
             parts = parts + (tl.load(part_at + i * step, mask=inside, other=0.0),)
             decays = decays + (tl.load(decay_at + i * step, mask=inside, other=0.0),)
-        for i in tl.static_range(AHEAD):
+        for i in tl.static_range(AT_ONCE):
             tl.store(part_at + i * step, state, mask=mask & (span + i < spans))
             state = state * decays[i] + parts[i]
-        part_at += AHEAD * step
-        decay_at += AHEAD * step
+        part_at += AT_ONCE * step
+        decay_at += AT_ONCE * step

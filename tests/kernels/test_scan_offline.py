@@ -28,12 +28,12 @@ def spec(
     names = list(inspect.signature(getattr(importlib.import_module(module), kernel).fn).parameters)
     tiling = TILINGS[dstate]
     values = {name: getattr(tiling, name) for name in ("S", "R", "NT", "STEPS", "PARTS")}
-    values |= {"SPAN": 512, "PAD": PAD, "N": dstate, "BLOCK": 16, "AHEAD": 8, "ROWS": 8, "NATIVE": native}
+    values |= {"SPAN": 512, "PAD": PAD, "N": dstate, "BLOCK": 16, "AT_ONCE": 8, "ROWS": 8, "NATIVE": native}
     values |= {"ORDERS": tiling.orders, "EVERY": tiling.steps}
     values |= dict.fromkeys(("B_BY_STEP", "dB_BY_STEP"), options_on) | dict.fromkeys(("C_BY_STEP", "dC_BY_STEP"), False)
     values |= dict.fromkeys(("SOFTPLUS", "SPLIT", "ADJOINT", "BACKWARD"), options_on)
     values |= {"REVERSE": options_on and not both}
-    values |= {"LOCAL": not options_on, "BOTH": both}
+    values |= {"LOCAL": not options_on, "AHEAD": not options_on, "BOTH": both}
     for name in ACTIVATIONS:
         values[f"LAYOUT_{name.upper()}"] = layout
         values[f"STRIDE_{name.upper()}"] = (-1 if options_on and not both else 1) * (1 if layout else 96)
