@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,12 @@ from torch import Tensor
 from cab.distill.task import DistillationTask
 
 WARMUP = 3  # steps before the capture: kernels are compiled, workspaces made
+
+
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """Where every capture warms up and happens: cuBLAS's workspaces stay, for each stream that ever had a product."""
+    return torch.cuda.Stream(device)
 
 
 class _Captured(NamedTuple):
@@ -68,7 +75,7 @@ class GraphedStep:
         held = {name: value.clone() for name, value in inputs.items()}
         random_state = torch.cuda.get_rng_state()
         kept = {name: value.clone() for name, value in self.task.named_buffers()}
-        stream = torch.cuda.Stream()
+        stream = _capture_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARMUP):

@@ -88,3 +88,11 @@ def test_another_batch_size_is_captured_by_itself() -> None:
     small = step(images=batch(0, size=2))["kl"].item()
     step(images=batch(1, size=4))
     assert step(images=batch(0, size=2))["kl"].item() == small
+
+
+def test_a_further_capture_needs_no_further_workspace_of_cublas() -> None:
+    step = GraphedStep(make_task(), torch.bfloat16)
+    step(images=batch(0))
+    before = torch.cuda.memory_allocated()
+    step(images=batch(0, 5))
+    assert torch.cuda.memory_allocated() - before < 2**23  # where a workspace is larger: 32 MiB on a Hopper GPU

@@ -190,7 +190,10 @@ def test_parameters_are_cast_for_autocast_once_until_they_change(monkeypatch: py
     layer.load_state_dict({"weight": torch.rand(3, 4), "bias": torch.rand(3)})
     plain.load_state_dict(layer.state_dict())
     assert same(torch.bfloat16)
+    before = used[-2]
     assert same(torch.float16)
+    assert same(torch.bfloat16)
+    assert used[-2][0] is before[0]
     assert same(torch.bfloat16, enabled=False)
     layer.double()
     plain.double()

@@ -17,18 +17,18 @@ class FrozenLinear(nn.Linear):
     Autocast itself remembers the casts of what is trained alone, and none while a CUDA graph is captured.
     """
 
-    _cast: tuple[Any, Tensor, Tensor | None] | None = None
-
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
         if not torch.is_autocast_enabled(device) or self.weight.dtype == torch.float64:  # which autocast leaves alone
             return super().forward(x)
         dtype = torch.get_autocast_dtype(device)
         tensors = [self.weight] if self.bias is None else [self.weight, self.bias]
-        source = dtype, [(tensor.data_ptr(), tensor._version) for tensor in tensors]
-        if self._cast is None or self._cast[0] != source:
-            self._cast = source, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
-        return F.linear(x, *self._cast[1:])
+        source = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        # One for each dtype: a captured graph may still read what another dtype's pass would throw away.
+        casts: dict[torch.dtype, tuple[Any, list[Tensor]]] = self.__dict__.setdefault("casts", {})
+        if dtype not in casts or casts[dtype][0] != source:
+            casts[dtype] = source, [tensor.to(dtype) for tensor in tensors]
+        return F.linear(x, *casts[dtype][1])
 
 
 class FrozenLayerNorm(nn.LayerNorm):
