@@ -110,8 +110,6 @@ class TaskTrainer(Trainer):
                 *([Wandb(folder, config)] if config.wandb else []),
             ],
         )
-        if self.shards:  # nothing is left for DDP to wrap
-            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.remove_callback(PrinterCallback)
         set_seed(self.args.seed + processes.rank())  # each process drops and mixes in its own way
         self.averaged = AveragedWeights(task, config.optim.ema) if config.optim.ema else None
@@ -121,6 +119,8 @@ class TaskTrainer(Trainer):
         if config.graph and not self.shards and self.args.device.type == "cuda":
             dtype = torch.bfloat16 if self.args.bf16 else torch.float32
             self.graphed = GraphedStep(task, dtype, self.args.gradient_accumulation_steps)
+        if self.shards or self.graphed:  # nothing is left to DDP, and a graph cannot be captured of what it has wrapped
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def run(self, resume: bool = False) -> Outcome:
         """Train, from the folder's last checkpoint where ``resume`` and there is one, and report."""

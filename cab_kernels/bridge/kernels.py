@@ -251,14 +251,15 @@ def _backward(
     w1: torch.Tensor,
     width: int,
     x_dtype: torch.dtype,
+    compute: torch.dtype,
     needs: int,
 ) -> list[torch.Tensor]:
     """The gradients that ``needs`` names, in its order, times the factor and the incoming gradient."""
     bridges, hidden, d_state = w1.shape
-    outs = _empty_gradients(kept, w1, width, x_dtype, needs)
+    outs = _empty_gradients(kept, w1, width, x_dtype, compute, needs)
     scaled = list(outs)
     with device_of(factor):
-        if needs & NEEDS_X and _deferred(w1, kept.dtype):
+        if needs & NEEDS_X and _deferred(w1, compute):
             make_deferred_dx(kept, w1, incoming * factor, scaled[0])
             scaled[0] = None
         sizes = (kept.numel() // bridges, hidden * d_state, hidden, width * hidden, width)
@@ -282,18 +283,18 @@ _backward_op = torch.library.custom_op("cab_kernels::bridge_mse_backward", _back
 
 
 @_backward_op.register_fake
-def _(incoming, factor, kept, totals, w1, width, x_dtype, needs):
-    return [out for out in _empty_gradients(kept, w1, width, x_dtype, needs) if out is not None]
+def _(incoming, factor, kept, totals, w1, width, x_dtype, compute, needs):
+    return [out for out in _empty_gradients(kept, w1, width, x_dtype, compute, needs) if out is not None]
 
 
 def _empty_gradients(
-    kept: torch.Tensor, w1: torch.Tensor, width: int, x_dtype: torch.dtype, needs: int
+    kept: torch.Tensor, w1: torch.Tensor, width: int, x_dtype: torch.dtype, compute: torch.dtype, needs: int
 ) -> list[torch.Tensor | None]:
     """Space for dx, dw1, db1, dw2 and db2; None for those that nobody needs."""
     bridges, hidden, d_state = w1.shape
     outs: list[torch.Tensor | None] = [None]
     if needs & NEEDS_X:
-        deferred = _deferred(w1, kept.dtype)
+        deferred = _deferred(w1, compute)
         shape = (*kept.shape[:-1], d_state)
         outs = [kept.new_empty(shape, dtype=x_dtype) if deferred else torch.empty_like(kept, dtype=x_dtype)]
     shapes = ((bridges, hidden, d_state), (bridges, hidden), (bridges, width, hidden), (bridges, width))
@@ -317,7 +318,7 @@ class BridgeMSEFunction(torch.autograd.Function):
             xs, w1, b1, w2, b2, targets, mask, token_index, target_mean, target_rstd, compute, needs
         )
         ctx.save_for_backward(factor, kept, totals, w1)
-        ctx.width, ctx.x_dtype = w2.shape[1], xs[0].dtype
+        ctx.width, ctx.x_dtype, ctx.compute = w2.shape[1], xs[0].dtype, compute
         ctx.bridges, ctx.targets, ctx.needs = bridges, len(targets), needs
         return loss
 
@@ -325,7 +326,7 @@ class BridgeMSEFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, incoming):
         backward = _backward_op if torch.compiler.is_compiling() else _backward
-        outs = iter(backward(incoming, *ctx.saved_tensors, ctx.width, ctx.x_dtype, ctx.needs))
+        outs = iter(backward(incoming, *ctx.saved_tensors, ctx.width, ctx.x_dtype, ctx.compute, ctx.needs))
         dx, *weights = (
             next(outs) if ctx.needs & bit else None for bit in (NEEDS_X, NEEDS_W1, NEEDS_B1, NEEDS_W2, NEEDS_B2)
         )

@@ -329,6 +329,15 @@ class TestKernels:
         got = run(compiled, inputs, target, mask=mask, backend="triton")
         assert_close(got, run(bridge_mse_ref, inputs, target, mask=mask))
 
+    def test_float16_keeps_the_gradients_of_x_themselves(self, device):
+        """In float32, where other dtypes keep dz and make them of it."""
+        kernels = importlib.import_module(KERNELS)
+        kept, totals = torch.randn(1, 2, 70, 20, device=device), torch.zeros(0, device=device)
+        incoming, factor, w1 = torch.ones(1, device=device), torch.tensor([0.5], device=device), torch.ones(1, 12, 20)
+        given = (incoming, factor, kept, totals, w1.to(device), 9, torch.float16, torch.float16, kernels.NEEDS_X)
+        (dx,) = kernels._backward(*given)
+        assert torch.equal(dx, (0.5 * kept).half())
+
     @pytest.mark.parametrize("channels_first", [False, True], ids=["channels last", "channels first"])
     def test_ops_are_what_they_declare(self, channels_first, device):
         kernels = importlib.import_module(KERNELS)
@@ -338,7 +347,7 @@ class TestKernels:
         arguments = ([x], *weights, [target], None, None, None, None, torch.float32, 31)
         torch.library.opcheck(torch.ops.cab_kernels.bridge_mse.default, arguments)
         loss, *saved = kernels._forward(*arguments)
-        sizes = (weights[0], 6, torch.float32)
+        sizes = (weights[0], 6, torch.float32, torch.float32)
         torch.library.opcheck(torch.ops.cab_kernels.bridge_mse_backward.default, (loss, *saved, *sizes, 31))
 
 

@@ -62,8 +62,9 @@ def test_refuses_a_gradient_and_a_long_row():
     with pytest.raises(ValueError, match=r"expected weight of shape \(width\) = \(5,\), got \(4,\)"):
         frozen_layer_norm_fn(x.detach(), torch.ones(4))
     pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with pytest.raises(ValueError, match="expected x of width at most 8192 for backend 'triton', got 8193"):
-        frozen_layer_norm_fn(torch.ones(1, 8193), torch.ones(8193), backend="triton")
+        frozen_layer_norm_fn(torch.ones(1, 8193, device=device), torch.ones(8193, device=device), backend="triton")
 
 
 def test_compiles_for_sm_80_90_and_100(compile_offline):
