@@ -270,8 +270,9 @@ def _selective_scan_fwd_kernel(
     for _ in tl.static_range(TOUCHED):
         touched = touched + (kept,)
     if AHEAD:
-        next_B = load_rows(rows + mine, T, 2 * N, NT, NATIVE)
-        next_C = load_rows(rows + (N + mine), T, 2 * N, NT, NATIVE)
+        rows_ahead = rows + mine
+        next_B = load_rows(rows_ahead, T, 2 * N, NT, NATIVE)
+        next_C = load_rows(rows_ahead + N, T, 2 * N, NT, NATIVE)
 
     next_u = load_steps(u_row, part + begin, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
     next_delta = load_steps(delta_row, part + begin, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
@@ -299,8 +300,9 @@ def _selective_scan_fwd_kernel(
             if AHEAD:
                 this_B = next_B
                 this_C = next_C
-                next_B = load_rows(rows + (T * 2 * N + mine), T, 2 * N, NT, NATIVE)
-                next_C = load_rows(rows + ((T * 2 + 1) * N + mine), T, 2 * N, NT, NATIVE)
+                rows_ahead += T * 2 * N
+                next_B = load_rows(rows_ahead, T, 2 * N, NT, NATIVE)
+                next_C = load_rows(rows_ahead + N, T, 2 * N, NT, NATIVE)
             elif NATIVE:
                 kept = let_go(kept, touched, TOUCHED)
                 touched = touch_rows(rows + T * 2 * N, lane, T, 2 * N, N)
