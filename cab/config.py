@@ -220,6 +220,16 @@ class DecoderConfig(Section):
     dtype: str = _option(
         "auto", "of the teacher's weights: auto (as published)", choices=("auto", "float32", "bfloat16")
     )
+    quantized: str = _option(
+        "no",
+        "keep the teacher's linear layers in 4 or 8 bits; needs the extra quantized",
+        choices=("no", "4bit", "8bit"),
+    )
+    device_map: str = _option(
+        "none",
+        "spread the teacher over the machine's devices as transformers does; for one process",
+        choices=("none", "auto", "balanced", "sequential"),
+    )
     steps: int = _option(0, "steps of training on the training text, before distillation", at_least=0)
     lr: float = _option(1e-3, "learning rate of those steps", above=0)
 
@@ -431,6 +441,21 @@ class LanguageConfig(Config):
             raise UserError("expected data.path, a file or folder with text, got none")
         if self.teacher.name is None and not self.teacher.steps:
             raise UserError("expected teacher.name, or teacher.steps to train a teacher on the text, got neither")
+        placed = {"quantized": (self.teacher.quantized, "no"), "device_map": (self.teacher.device_map, "none")}
+        for name, (value, without) in placed.items():
+            wanted = f"for teacher.{name}={value}"
+            if value != without and self.teacher.name is None:
+                raise UserError(f"expected teacher.name {wanted}, got none")
+            if value != without and self.teacher.steps:
+                raise UserError(f"expected teacher.steps=0 {wanted}, got {self.teacher.steps}")
+            if value != without and self.shard:
+                raise UserError(f"expected shard=false {wanted}, got true")
+        if self.teacher.device_map != "none" and self.graph:
+            raise UserError(f"expected graph=false for teacher.device_map={self.teacher.device_map}, got true")
+        if self.teacher.quantized != "no" and self.student.from_teacher:
+            raise UserError(
+                f"expected student.from_teacher=false for teacher.quantized={self.teacher.quantized}, got true"
+            )
         if self.data.packing == "isolated" and self.student.name != "mamba":
             raise UserError(
                 f"expected data.packing=concatenated or padded for student.name={self.student.name}, got 'isolated'"

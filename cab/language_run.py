@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     BambaConfig,
     BambaForCausalLM,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Mamba2Config,
@@ -21,9 +22,10 @@ from transformers import (
     MambaForCausalLM,
 )
 from transformers import MambaConfig as MambaModelConfig
-from transformers.utils import logging
+from transformers.utils import is_bitsandbytes_available, logging
 
-from cab.config import LanguageConfig, MambaConfig, UserError
+import cab.processes as processes
+from cab.config import DecoderConfig, LanguageConfig, MambaConfig, UserError
 from cab.data.language import load
 from cab.distill.language import LanguageTask
 from cab.distill.task import DistillationTask, LossWeights
@@ -77,7 +79,8 @@ class LanguageRun(Run):
             return AutoModelForCausalLM.from_pretrained(self.folder / TEACHER)
         if teacher.name is not None:
             with refused(f"expected teacher.name to be a causal language model by name or path, got {teacher.name!r}"):
-                return AutoModelForCausalLM.from_pretrained(teacher.name, dtype=teacher.dtype)
+                options = _placement(teacher)
+                return AutoModelForCausalLM.from_pretrained(teacher.name, dtype=teacher.dtype, **options)
         torch.manual_seed(self.config.seed)
         with refused("expected sizes of a Llama"):
             return LlamaForCausalLM(
@@ -217,6 +220,30 @@ class LanguageRun(Run):
     def _save(self, model: nn.Module, folder: Path) -> None:
         cast(Any, model).save_pretrained(folder)
         self.tokens.save(folder)
+
+
+def _placement(teacher: DecoderConfig) -> dict[str, Any]:
+    """How ``from_pretrained`` is to load a teacher that stays where it then is."""
+    options: dict[str, Any] = {}
+    if teacher.quantized != "no":
+        if not is_bitsandbytes_available():
+            raise UserError(
+                f"expected the packages of cab-kernels[quantized] for teacher.quantized={teacher.quantized}, got no "
+                "module 'bitsandbytes'"
+            )
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=teacher.quantized == "4bit",
+            load_in_8bit=teacher.quantized == "8bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.float32 if teacher.dtype == "float32" else torch.bfloat16,
+        )
+    if teacher.device_map != "none":
+        if processes.count() > 1:
+            raise UserError(
+                f"expected one process for teacher.device_map={teacher.device_map}, got {processes.count()}"
+            )
+        options["device_map"] = teacher.device_map
+    return options
 
 
 def _bamba(sizes: MambaConfig, heads: int, common: Mapping[str, Any]) -> nn.Module:

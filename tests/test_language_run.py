@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -12,8 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cab.cli import main
+from cab.config import UserError
 from cab.distill.task import LossWeights
 from cab.distill.token_losses import Divergence
+from cab.language_run import LanguageRun
+from cab.settings import resolve
 from cab.students.discrete_mamba2 import SUPPORTED
 from cab.trainer import TaskTrainer
 
@@ -259,9 +263,6 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pyt
 
 def test_accumulation_gives_the_gradients_of_the_large_batch(tmp_path: Path) -> None:
     """Of a step on four sequences at once, and on two after two, each sequence with as many predictions."""
-    from cab.language_run import LanguageRun
-    from cab.settings import resolve
-
     found = []
     for size, passes in ((4, 1), (2, 2)):
         settings = [
@@ -290,9 +291,6 @@ def test_accumulation_gives_the_gradients_of_the_large_batch(tmp_path: Path) -> 
 
 
 def test_the_loss_is_that_of_the_configuration(tmp_path: Path) -> None:
-    from cab.language_run import LanguageRun
-    from cab.settings import resolve
-
     settings = ["loss.divergence=jsd", "loss.beta=0.25", "loss.top_k=3", "loss.temperature=2", "loss.ce=0.5"]
     run = LanguageRun(resolve("lm-local", settings=[*TINY_RUN, *settings]), tmp_path)
     task = run.distillation_task(run.config, run.teacher_model())
@@ -329,6 +327,23 @@ def test_the_loss_is_that_of_the_configuration(tmp_path: Path) -> None:
             ["data.packing=isolated", "student.name=mamba2"],
             "expected data.packing=concatenated or padded for student.name=mamba2, got 'isolated'",
         ),
+        (["teacher.quantized=4bit"], "expected teacher.name for teacher.quantized=4bit, got none"),
+        (
+            ["teacher.name=x", "teacher.device_map=auto"],
+            "expected teacher.steps=0 for teacher.device_map=auto, got ",
+        ),
+        (
+            ["teacher.name=x", "teacher.steps=0", "teacher.device_map=auto", "shard=true"],
+            "expected shard=false for teacher.device_map=auto, got true",
+        ),
+        (
+            ["teacher.name=x", "teacher.steps=0", "teacher.device_map=auto", "graph=true"],
+            "expected graph=false for teacher.device_map=auto, got true",
+        ),
+        (
+            ["teacher.name=x", "teacher.steps=0", "teacher.quantized=8bit", "student.from_teacher=true"],
+            "expected student.from_teacher=false for teacher.quantized=8bit, got true",
+        ),
         (["arms=attention"], "expected bridge.aligns=projections for a language model, got 'attention'"),
         (["data.packing=isolated", "graph=true"], "expected graph=false for data.packing=isolated, whose documents"),
         (["data.image_size=8"], "expected a known key, got 'data.image_size'"),
@@ -342,6 +357,42 @@ def test_what_the_user_can_put_right(
     err = capsys.readouterr().err.splitlines()
     assert err[-1].startswith(f"cab distill: {line}")
     assert not any("Traceback" in line for line in err)
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+@pytest.mark.parametrize("setting", ["quantized=8bit", "quantized=4bit", "device_map=auto"])
+def test_a_teacher_that_stays_where_it_is_teaches(
+    setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if setting.startswith("quantized"):
+        pytest.importorskip("bitsandbytes")
+    load, maps, quantized = AutoModelForCausalLM.from_pretrained, [], []
+
+    def watched(*args: Any, **kwargs: Any) -> nn.Module:
+        maps.append(kwargs.get("device_map"))
+        model = load(*args, **kwargs)
+        quantized.append(getattr(model, "is_quantized", False))
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    make("llama", vocab_size=264, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "teacher")
+    settings = (f"teacher.name={tmp_path / 'teacher'}", "teacher.steps=0", f"teacher.{setting}", "data.tokenizer=bytes")
+    assert main([*distill(*settings), "--out", str(tmp_path / "run")]) == 0
+    assert set(maps) == {"auto" if setting == "device_map=auto" else None}
+    assert set(quantized) == {setting.startswith("quantized")}
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert all(math.isfinite(row["score"]) for row in results["rows"])
+
+
+def test_bitsandbytes_is_asked_for_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("llama", vocab_size=264).save_pretrained(tmp_path / "teacher")
+    monkeypatch.setattr("cab.language_run.is_bitsandbytes_available", lambda: False)
+    settings = (f"teacher.name={tmp_path / 'teacher'}", "teacher.steps=0", "teacher.quantized=4bit")
+    run = LanguageRun(resolve("lm-local", settings=[*TINY_RUN, *settings, "data.tokenizer=bytes"]), tmp_path)
+    with pytest.raises(
+        UserError, match=r"expected the packages of cab-kernels\[quantized\] for teacher.quantized=4bit"
+    ):
+        run.teacher_model()
 
 
 def test_a_sequence_longer_than_the_teachers_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

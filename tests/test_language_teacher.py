@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from cab.distill.language import LanguageTask
-from cab.students.language import LanguageStudent
+from cab.students.language import LanguageStudent, PlainLanguageModel
 from cab.teachers.huggingface import HuggingFaceTeacher
 
 # Scale of the scores where it is not 1 / sqrt(head_dim) = 8 ** -0.5.
@@ -85,6 +85,18 @@ def test_what_a_model_that_stays_gives_comes_to_where_the_tokens_are(family: str
             seen.extend((hidden, teacher.logits(hidden)))
     assert len(seen) == 6 * len(given)
     assert {tensor.device.type for tensor in seen} == {"cuda"}
+
+
+def test_a_model_that_stays_is_measured_where_it_is() -> None:
+    model = make("llama")
+    model.is_quantized = True
+    plain = PlainLanguageModel(model).double().to("meta")
+    kept = {(parameter.dtype, parameter.device.type) for parameter in plain.parameters()}
+    assert kept == {(torch.float32, "cpu")}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ids = torch.zeros(2, 9, dtype=torch.long, device="cuda")
+        hidden = plain(ids, torch.ones_like(ids))
+        assert hidden.device.type == plain.logits(hidden).device.type == "cuda"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cab.logits import logits_of
 from cab.packing import document_bounds
+from cab.placement import entrance, stays
 from cab.students.mamba import A_LOG_OF_ZERO
 from cab.students.student import Projections, TokenStudent
 from cab.students.transformers_mamba import use_cab_kernels
@@ -19,11 +20,15 @@ _FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba", "discrete_mamba2")
 
 
 class PlainLanguageModel(TokenStudent):
-    """Any causal language model of transformers, to be trained or measured on text alone: it yields no B and C."""
+    """Any causal language model of transformers, to be trained or measured on text alone: it yields no B and C.
+
+    One that is quantised or spread over devices is measured where it is.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.stays = stays(model)
         config: Any = model.config
         self.num_layers = config.get_text_config().num_hidden_layers
         self.vocab_size = config.get_text_config().vocab_size
@@ -33,13 +38,17 @@ class PlainLanguageModel(TokenStudent):
     ) -> Tensor:
         """The last hidden states (batch, tokens, width) of tokens (batch, tokens)."""
         backbone: Any = self.model.base_model
-        options = {"attention_mask": attention_mask, "use_cache": False}
+        home, there = input_ids.device, entrance(self.model)
+        options = {"attention_mask": None if attention_mask is None else attention_mask.to(there), "use_cache": False}
         if position_ids is not None:  # which not every family takes
-            options["position_ids"] = position_ids
-        return backbone(input_ids, **options).last_hidden_state
+            options["position_ids"] = position_ids.to(there)
+        return backbone(input_ids.to(there), **options).last_hidden_state.to(home)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return logits_of(self.model, hidden)
+        return logits_of(self.model, hidden.to(entrance(self.model))).to(hidden.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlainLanguageModel:
+        return self if self.stays else super()._apply(fn, recurse)
 
     def no_weight_decay(self) -> set[str]:
         return set()

@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from cab.logits import logits_of
+from cab.placement import entrance, stays
 from cab.teachers.attention_calls import ScaledDotProductCalls, WrittenOutCalls
 from cab.teachers.teacher import AttentionSink, LayerSink, Tap, Teacher
 
@@ -48,7 +49,7 @@ class HuggingFaceTeacher(Teacher):
     def __init__(self, model: nn.Module) -> None:
         config: Any = model.config
         super().__init__(model, config.name_or_path or type(model).__name__)
-        self.stays = getattr(model, "is_quantized", False) or hasattr(model, "hf_device_map")
+        self.stays = stays(model)
         text = config.get_text_config()
         if not getattr(text, "num_attention_heads", None):
             raise self._refusal("it has no attention heads")
@@ -99,7 +100,7 @@ class HuggingFaceTeacher(Teacher):
         options: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False}
         if position_ids is not None:  # which not every family takes
             options["position_ids"] = position_ids
-        home, there = input_ids.device, self._device
+        home, there = input_ids.device, entrance(self.model)
         options = {name: value.to(there) if isinstance(value, Tensor) else value for name, value in options.items()}
 
         def bring(layer: int, query: Tensor, key: Tensor) -> None:
@@ -113,18 +114,10 @@ class HuggingFaceTeacher(Teacher):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocabulary) of last hidden states (..., width)."""
-        return logits_of(self.model, hidden.to(self._device)).to(hidden.device)
+        return logits_of(self.model, hidden.to(entrance(self.model))).to(hidden.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HuggingFaceTeacher:
         return self if self.stays else super()._apply(fn, recurse)
-
-    @property
-    def _device(self) -> torch.device:
-        """Where tokens go in. A hook of accelerate knows it where weights are not there until they are needed."""
-        model: Any = self.model
-        embeddings = model.get_input_embeddings()
-        device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
-        return embeddings.weight.device if device is None else torch.device(device)
 
     def _settle_tap(self) -> list[tuple[torch.Size, torch.Size]]:
         """Take the first tap that shows all layers and changes nothing, and return the shapes of Q and K."""
@@ -197,7 +190,7 @@ class HuggingFaceTeacher(Teacher):
 
     def _probe_batch(self) -> tuple[Tensor, Tensor]:
         model: Any = self.model
-        ids = torch.arange(2 * 7, device=self._device).view(2, 7) % model.config.get_text_config().vocab_size
+        ids = torch.arange(2 * 7, device=entrance(self.model)).view(2, 7) % model.config.get_text_config().vocab_size
         mask = torch.ones_like(ids)
         mask[1, :2] = 0
         return ids, mask
