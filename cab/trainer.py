@@ -116,7 +116,7 @@ class TaskTrainer(Trainer):
         if self.averaged:
             self.add_callback(_Average(self.averaged))
         self.graphed: Callable[..., dict[str, Tensor]] | None = None
-        if config.graph and not self.shards and self.args.device.type == "cuda":
+        if not self.shards and _replays(config, self.args.device):
             dtype = torch.bfloat16 if self.args.bf16 else torch.float32
             self.graphed = GraphedStep(task, dtype, self.args.gradient_accumulation_steps)
         if self.shards or self.graphed:  # nothing is left to DDP, and a graph cannot be captured of what it has wrapped
@@ -391,6 +391,10 @@ def _share(batch: int) -> int:
     if rest:
         raise UserError(f"expected optim.batch_size to be a multiple of the {processes.count()} processes, got {batch}")
     return share
+
+
+def _replays(config: RunConfig, device: torch.device) -> bool:
+    return config.graph and device.type == "cuda"
 
 
 def _arguments(config: RunConfig, folder: Path, aligns: bool) -> TrainingArguments:

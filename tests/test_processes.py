@@ -74,6 +74,36 @@ cab.processes.wait()
 assert main(["distill", "--resume", f"{folder}/cut"]) == 0
 """
 
+# What a graph would replay, in the place of a graph.
+REPLAYED = """
+import sys
+import torch
+import cab.trainer
+from cab.cli import main
+
+class Replayed:
+    def __init__(self, task, dtype, passes):
+        self.task, self.passes = task, passes
+        self.parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
+
+    def __call__(self, **inputs):
+        outputs = self.task(**inputs)
+        gradients = torch.autograd.grad(outputs["loss"] / self.passes, self.parameters, allow_unused=True)
+        for parameter, gradient in zip(self.parameters, gradients):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return {name: value.detach() for name, value in outputs.items()}
+
+step = cab.trainer.TaskTrainer.training_step
+def unwrapped_step(self, model, *rest):
+    assert model is self.model, f"wrapped by {type(model)}"
+    return step(self, model, *rest)
+
+cab.trainer.TaskTrainer.training_step = unwrapped_step
+cab.trainer.GraphedStep, cab.trainer._replays = Replayed, lambda config, device: True
+sys.exit(main(sys.argv[1:]))
+"""
+
 
 def arguments(folder: Path, settings: Sequence[str]) -> list[str]:
     return ["distill", *(word for setting in settings for word in ("--set", setting)), "--out", str(folder)]
@@ -165,6 +195,14 @@ def test_two_processes_train_as_one_does(tmp_path: Path, device: str) -> None:
     assert "student sees 70 of " in first.stdout
     same_files(tmp_path)
     assert any(entry.get("align_weight", 0) > 0 for entry in same_metrics(tmp_path))
+    same_weights(tmp_path, "custom/checkpoint-6/model.safetensors")
+
+
+def test_a_replayed_step_is_not_wrapped_and_its_gradients_are_averaged(tmp_path: Path) -> None:
+    assert main(arguments(tmp_path / "one", SETTINGS)) == 0
+    for process in run_two(arguments(tmp_path / "two", SETTINGS), REPLAYED):
+        assert process.returncode == 0, process.stderr
+    same_metrics(tmp_path)
     same_weights(tmp_path, "custom/checkpoint-6/model.safetensors")
 
 

@@ -13,7 +13,7 @@ from cab_kernels._backend import choose_backend
 from cab_kernels._check import FLOATING, ArgumentCheck
 from cab_kernels.conv.op import sequence_index
 from cab_kernels.conv.reference import causal_conv1d_ref
-from cab_kernels.scan.op import KERNEL_DTYPES, MAX_DSTATE, _check_packing
+from cab_kernels.scan.op import KERNEL_DTYPES, MAX_DSTATE, check_packing
 from cab_kernels.scan.reference import selective_scan_ref
 
 
@@ -94,7 +94,7 @@ def mamba_inner_fn(
         check.tensor("mask", mask, "batch length", (*FLOATING, torch.bool, torch.int32, torch.int64))
         mask = mask.to(xz.dtype)
     if cu_seqlens is not None:
-        _check_packing(check, cu_seqlens)
+        check_packing(check, cu_seqlens)
     if choose_backend(check.function, backend, xz) == "reference":
         return mamba_inner_ref(
             xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D,

@@ -130,7 +130,7 @@ def _check_arguments(
     if z is not None:
         check.tensor("z", z, "batch dim length")
     if cu_seqlens is not None:
-        _check_packing(check, cu_seqlens)
+        check_packing(check, cu_seqlens)
     if initial_state is not None:
         sequences = "batch" if cu_seqlens is None else "sequences"
         check.tensor("initial_state", initial_state, f"{sequences} dim dstate")
@@ -178,7 +178,7 @@ def check_scanned(
             check.tensor(f"{name}{which}", vector, "dim")
 
 
-def _check_packing(check: ArgumentCheck, cu_seqlens: Tensor) -> None:
+def check_packing(check: ArgumentCheck, cu_seqlens: Tensor) -> None:
     check.tensor("cu_seqlens", cu_seqlens, "sequences+1", (torch.int32,))
     batch, length, sequences = check.sizes["batch"], check.sizes["length"], len(cu_seqlens) - 1
     check.true(batch == 1, "batch 1 with cu_seqlens", batch)
