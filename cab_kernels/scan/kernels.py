@@ -23,7 +23,7 @@ class Tiling:
 
     ``S`` lanes a channel, ``R`` channels a lane, ``NT`` states a lane; ``PARTS`` x ``STEPS`` steps an iteration, of
     which a lane owns ``STEPS``; at most so many ``registers`` a thread, if not as many as the compiler likes. Ahead of
-    their iteration, the rows of B and C come into registers if ``ahead``, and else into the L1 cache.
+    their iteration, forward's rows of B and C come into registers if ``ahead``, and else into the L1 cache.
     """
 
     S: int
@@ -345,7 +345,6 @@ def _sweep_forward(call: _Call, states, u, delta, A, delta_bias, initial_state) 
         ADJOINT=False,
         EVERY=sweep.steps,
         ORDERS=1,
-        AHEAD=sweep.ahead,
         **call.shared(sweep),
     )
     call.chain(states, decays, initial_state, False, (0, call.dim))
@@ -425,7 +424,6 @@ def selective_scan_bwd(
                 LOCAL=False,
                 ADJOINT=split,
                 EVERY=tiling.steps,
-                AHEAD=sweep.ahead,
             )
             if split:
                 call.chain(adjoints, decays, dlast_state, True, channels)

@@ -15,7 +15,6 @@ from cab_kernels.scan.device_kernels import (
     keep_touched,
     let_go,
     load_numbers,
-    load_rows,
     load_steps,
     log2_int,
     permute,
@@ -52,7 +51,7 @@ def _sweep_kernel(
     LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_DOUT: tl.constexpr,
     SOFTPLUS: tl.constexpr, LOCAL: tl.constexpr, ADJOINT: tl.constexpr,
     S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
-    ORDERS: tl.constexpr, EVERY: tl.constexpr, SPAN: tl.constexpr, PAD: tl.constexpr, AHEAD: tl.constexpr,
+    ORDERS: tl.constexpr, EVERY: tl.constexpr, SPAN: tl.constexpr, PAD: tl.constexpr,
     BOTH: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Owns a span of a block of channels of a sequence; shared out like the forward kernel.
@@ -110,10 +109,6 @@ def _sweep_kernel(
     touched = ()
     for _ in tl.static_range(TOUCHED):
         touched = touched + (kept,)
-    if AHEAD:
-        next_B = load_rows(rows + mine, T, WIDTH, NT, NATIVE)
-        if ADJOINT:
-            next_C = load_rows(rows + (ORDERS * N + mine), T, WIDTH, NT, NATIVE)
     next_u = load_steps(u_row, part + begin, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
     next_delta = load_steps(delta_row, part + begin, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
     if ADJOINT:
@@ -134,13 +129,7 @@ def _sweep_kernel(
             if z_ptr is not None:
                 z = take_steps(next_z, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH)
                 next_z = load_steps(z_row, now + T, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
-        if AHEAD:
-            this_B = next_B
-            next_B = load_rows(rows + (T * WIDTH + mine), T, WIDTH, NT, NATIVE)
-            if ADJOINT:
-                this_C = next_C
-                next_C = load_rows(rows + (T * WIDTH + ORDERS * N + mine), T, WIDTH, NT, NATIVE)
-        elif NATIVE:
+        if NATIVE:
             kept = let_go(kept, touched, TOUCHED)
             touched = touch_rows(rows + T * WIDTH, lane, T, WIDTH, N)
             stay_before()
@@ -165,14 +154,9 @@ def _sweep_kernel(
                     at = befores_ptr + (before + channel) * N + lane % S * NT
                     ordered = permute(h[r * NT : (r + 1) * NT], NT, ORDERS, lane // S)
                     store_numbers(at, ordered, (channel < edge) & (t + k < end), NT, NATIVE)
-            if AHEAD:
-                B = this_B[k]
-                if ADJOINT:
-                    C = this_C[k]
-            else:
-                B = load_numbers(rows + (k * WIDTH + mine), NT, False, NATIVE)
-                if ADJOINT:
-                    C = load_numbers(rows + (k * WIDTH + ORDERS * N + mine), NT, False, NATIVE)
+            B = load_numbers(rows + (k * WIDTH + mine), NT, False, NATIVE)
+            if ADJOINT:
+                C = load_numbers(rows + (k * WIDTH + ORDERS * N + mine), NT, False, NATIVE)
             after = ()
             decay_after = ()
             adjoint_after = ()
