@@ -15,25 +15,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cab_kernels.conv.device_kernels import sigmoid
-from cab_kernels.conv.kernels import (
+from cab_kernels.conv.device_kernels import (
     RUN,
-    Tiling,
-    _convolve,
-    _filter_gradients,
-    _load_dout,
-    _load_filter,
-    _load_x,
-    _multiple,
-    _position,
-    _pre_gradients,
-    _store_filter,
-    _store_run,
-    _x_gradient,
-    alignment,
-    native,
-    reduce_partials,
+    convolve,
+    filter_gradients,
+    load_around,
+    load_dout,
+    load_filter,
+    multiple,
+    position,
+    pre_gradients,
+    sigmoid,
+    store_filter,
+    store_run,
+    x_gradient,
 )
+from cab_kernels.conv.kernels import Tiling, alignment, native, reduce_partials
 
 Pair = Sequence[Tensor]
 
@@ -43,35 +40,26 @@ FORWARD = Tiling(128, 4, 1)
 BACKWARD = Tiling(128, 2, 8)
 
 
-@triton.jit
-def _load_around(x_ptr, stride_row, start, offs_dim, dim, length, WIDTH: tl.constexpr):
-    """A run of ``x`` with WIDTH - 1 steps of context on either side, in float32."""
-    before = _load_x(x_ptr, None, stride_row, start - RUN, offs_dim, dim, length, WIDTH, False, False, False)
-    own = _load_x(x_ptr, None, stride_row, start, offs_dim, dim, length, WIDTH, False, False, False)
-    after = _load_x(x_ptr, None, stride_row, start + RUN, offs_dim, dim, length, WIDTH, False, False, False)
-    return before[RUN - (WIDTH - 1) :] + own + after[: WIDTH - 1]
-
-
 @triton.jit(do_not_specialize=["dim", "length", "groups", "stride_x_batch", "stride_x_row", "stride_out_way"])
 def _bidirectional_conv1d_fwd_kernel(
     x_ptr, weights, biases, out_ptr, dim, length, groups, stride_x_batch, stride_x_row, stride_out_way,
     WIDTH: tl.constexpr, ALIGN: tl.constexpr, NATIVE: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_RUNS: tl.constexpr,
 ):  # fmt: skip
-    pid_batch, offs_dim, pid_time = _position(dim, groups, BLOCK_DIM)
-    dim = _multiple(dim, ALIGN)
-    stride_x_row = _multiple(stride_x_row, ALIGN).to(tl.int64)
-    x_ptr += pid_batch * _multiple(stride_x_batch, ALIGN)
+    pid_batch, offs_dim, pid_time = position(dim, groups, BLOCK_DIM)
+    dim = multiple(dim, ALIGN)
+    stride_x_row = multiple(stride_x_row, ALIGN).to(tl.int64)
+    x_ptr += pid_batch * multiple(stride_x_batch, ALIGN)
     out_ptr += pid_batch * length * dim
     start = (pid_time * BLOCK_RUNS + tl.arange(0, BLOCK_RUNS)[None, :]) * RUN
-    x = _load_around(x_ptr, stride_x_row, start, offs_dim, dim, length, WIDTH)
+    x = load_around(x_ptr, None, stride_x_row, start, offs_dim, dim, length, WIDTH, False, False, False)
     for way in tl.static_range(2):
-        weight, bias = _load_filter(weights[way], biases[way], offs_dim, dim, WIDTH, True)
+        weight, bias = load_filter(weights[way], biases[way], offs_dim, dim, WIDTH, True)
         out = ()
         for i in tl.static_range(RUN):
-            value = _convolve(x, (), weight, bias, i + (WIDTH - 1 if way else 0), WIDTH, way == 1, False)
+            value = convolve(x, (), weight, bias, i + (WIDTH - 1 if way else 0), WIDTH, way == 1, False)
             out = out + (value * sigmoid(value, NATIVE),)
-        out_ptr_way = out_ptr + way * _multiple(stride_out_way, ALIGN).to(tl.int64)
-        _store_run(out_ptr_way, out, dim.to(tl.int64), start, offs_dim, dim, length, False)
+        out_ptr_way = out_ptr + way * multiple(stride_out_way, ALIGN).to(tl.int64)
+        store_run(out_ptr_way, out, dim.to(tl.int64), start, offs_dim, dim, length, False)
 
 
 @triton.jit(
@@ -84,17 +72,17 @@ def _bidirectional_conv1d_bwd_kernel(
     dim, length, groups, blocks, stride_x_batch, stride_x_row, stride_dx_batch, stride_dx_row,
     WIDTH: tl.constexpr, ALIGN: tl.constexpr, NATIVE: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_RUNS: tl.constexpr,
 ):  # fmt: skip
-    pid_batch, offs_dim, pid_time = _position(dim, groups, BLOCK_DIM)
+    pid_batch, offs_dim, pid_time = position(dim, groups, BLOCK_DIM)
     partial = (pid_batch * groups + pid_time) * (WIDTH + 1) * dim
-    dim = _multiple(dim, ALIGN)
-    stride_x_row = _multiple(stride_x_row, ALIGN).to(tl.int64)
-    stride_dx_row = _multiple(stride_dx_row, ALIGN).to(tl.int64)
-    x_ptr += pid_batch * _multiple(stride_x_batch, ALIGN)
-    dx_ptr += pid_batch * _multiple(stride_dx_batch, ALIGN)
+    dim = multiple(dim, ALIGN)
+    stride_x_row = multiple(stride_x_row, ALIGN).to(tl.int64)
+    stride_dx_row = multiple(stride_dx_row, ALIGN).to(tl.int64)
+    x_ptr += pid_batch * multiple(stride_x_batch, ALIGN)
+    dx_ptr += pid_batch * multiple(stride_dx_batch, ALIGN)
     row = dim.to(tl.int64)
     dout0_ptr, dout1_ptr = douts[0] + pid_batch * length * row, douts[1] + pid_batch * length * row
-    weight0, bias0 = _load_filter(weights[0], biases[0], offs_dim, dim, WIDTH, True)
-    weight1, bias1 = _load_filter(weights[1], biases[1], offs_dim, dim, WIDTH, True)
+    weight0, bias0 = load_filter(weights[0], biases[0], offs_dim, dim, WIDTH, True)
+    weight1, bias1 = load_filter(weights[1], biases[1], offs_dim, dim, WIDTH, True)
     dfilter0, dfilter1 = (), ()
     for _ in tl.static_range(WIDTH + 1):
         dfilter0 = dfilter0 + (tl.zeros([BLOCK_DIM, BLOCK_RUNS], tl.float32),)
@@ -102,23 +90,23 @@ def _bidirectional_conv1d_bwd_kernel(
 
     for block in range(pid_time * blocks, (pid_time + 1) * blocks):
         start = (block * BLOCK_RUNS + tl.arange(0, BLOCK_RUNS)[None, :]) * RUN
-        x = _load_around(x_ptr, stride_x_row, start, offs_dim, dim, length, WIDTH)
-        dout = _load_dout(dout0_ptr, row, start, offs_dim, dim, length, WIDTH, False, False)
-        dpre = _pre_gradients(dout, x, (), weight0, bias0, WIDTH, False, False, True, NATIVE)
-        dfilter0 = _filter_gradients(dfilter0, dpre, x, (), WIDTH, False, False)
+        x = load_around(x_ptr, None, stride_x_row, start, offs_dim, dim, length, WIDTH, False, False, False)
+        dout = load_dout(dout0_ptr, row, start, offs_dim, dim, length, WIDTH, False, False)
+        dpre = pre_gradients(dout, x, (), weight0, bias0, WIDTH, False, False, True, NATIVE)
+        dfilter0 = filter_gradients(dfilter0, dpre, x, (), WIDTH, False, False)
         dx = ()
         for i in tl.static_range(RUN):
             nothing = tl.zeros([BLOCK_DIM, BLOCK_RUNS], tl.float32)
-            dx = dx + (_x_gradient(nothing, dpre, (), weight0, i, WIDTH, False, False),)
-        dout = _load_dout(dout1_ptr, row, start, offs_dim, dim, length, WIDTH, True, False)
-        dpre = _pre_gradients(dout, x, (), weight1, bias1, WIDTH, True, False, True, NATIVE)
-        dfilter1 = _filter_gradients(dfilter1, dpre, x, (), WIDTH, True, False)
+            dx = dx + (x_gradient(nothing, dpre, (), weight0, i, WIDTH, False, False),)
+        dout = load_dout(dout1_ptr, row, start, offs_dim, dim, length, WIDTH, True, False)
+        dpre = pre_gradients(dout, x, (), weight1, bias1, WIDTH, True, False, True, NATIVE)
+        dfilter1 = filter_gradients(dfilter1, dpre, x, (), WIDTH, True, False)
         total = ()
         for i in tl.static_range(RUN):
-            total = total + (_x_gradient(dx[i], dpre, (), weight1, i, WIDTH, True, False),)
-        _store_run(dx_ptr, total, stride_dx_row, start, offs_dim, dim, length, False)
-    _store_filter(partials[0] + partial, dfilter0, offs_dim, dim, WIDTH)
-    _store_filter(partials[1] + partial, dfilter1, offs_dim, dim, WIDTH)
+            total = total + (x_gradient(dx[i], dpre, (), weight1, i, WIDTH, True, False),)
+        store_run(dx_ptr, total, stride_dx_row, start, offs_dim, dim, length, False)
+    store_filter(partials[0] + partial, dfilter0, offs_dim, dim, WIDTH)
+    store_filter(partials[1] + partial, dfilter1, offs_dim, dim, WIDTH)
 
 
 def bidirectional_conv1d_fwd(x: Tensor, weights: Pair, biases: Pair) -> Tensor:

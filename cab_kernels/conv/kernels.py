@@ -39,160 +39,28 @@ import triton.language as tl
 from torch import Tensor
 
 from cab_kernels._backend import interpreting
-from cab_kernels.conv.device_kernels import sigmoid
+from cab_kernels.conv.device_kernels import (
+    RUN,
+    convolve,
+    filter_gradients,
+    initial_column,
+    load_around,
+    load_dout,
+    load_filter,
+    load_seq_idx,
+    load_x,
+    multiple,
+    position,
+    pre_gradients,
+    sigmoid,
+    store_filter,
+    store_run,
+    within,
+    x_gradient,
+)
 
-RUN = tl.constexpr(8)
 # The context must fit into one neighbouring run.
 MAX_WIDTH = RUN.value + 1
-
-
-@triton.jit
-def _split_run(vectors):
-    """Take (channels, runs, RUN) apart into RUN tensors (channels, runs)."""
-    halves = tl.reshape(vectors, [vectors.shape[0], vectors.shape[1], 2, 2, 2])
-    even, odd = tl.split(halves)
-    step04, step26 = tl.split(even)
-    step15, step37 = tl.split(odd)
-    step0, step4 = tl.split(step04)
-    step2, step6 = tl.split(step26)
-    step1, step5 = tl.split(step15)
-    step3, step7 = tl.split(step37)
-    return (step0, step1, step2, step3, step4, step5, step6, step7)
-
-
-@triton.jit
-def _join_run(run):
-    """Undo :func:`_split_run`."""
-    even = tl.join(tl.join(run[0], run[4]), tl.join(run[2], run[6]))
-    odd = tl.join(tl.join(run[1], run[5]), tl.join(run[3], run[7]))
-    vectors = tl.join(even, odd)
-    return tl.reshape(vectors, [vectors.shape[0], vectors.shape[1], RUN])
-
-
-@triton.jit
-def _within(index, size):
-    """Whether 0 <= index < size, by one comparison."""
-    return index.to(tl.uint32) < tl.cast(size, tl.uint32)
-
-
-@triton.jit
-def _load_run(ptr, stride_row, start, offs_dim, dim, length, other, TIME_FAST: tl.constexpr):
-    """The RUN steps from ``start`` (1, runs) on, of channels ``offs_dim`` (channels, 1); ``other`` outside."""
-    if TIME_FAST:
-        step = start[:, :, None] + tl.arange(0, RUN)[None, None, :]
-        inside = (offs_dim < dim)[:, :, None] & _within(step, length)
-        offset = (offs_dim.to(tl.int64) * stride_row)[:, :, None] + step
-        run = _split_run(tl.load(ptr + offset, mask=inside, other=other))
-    else:
-        run = ()
-        for j in tl.static_range(RUN):
-            inside = (offs_dim < dim) & _within(start + j, length)
-            offset = offs_dim + start.to(tl.int64) * stride_row + j * stride_row
-            run = run + (tl.load(ptr + offset, mask=inside, other=other),)
-    return run
-
-
-@triton.jit
-def _store_run(ptr, run, stride_row, start, offs_dim, dim, length, TIME_FAST: tl.constexpr):
-    if TIME_FAST:
-        step = start[:, :, None] + tl.arange(0, RUN)[None, None, :]
-        inside = (offs_dim < dim)[:, :, None] & _within(step, length)
-        offset = (offs_dim.to(tl.int64) * stride_row)[:, :, None] + step
-        tl.store(ptr + offset, _join_run(run).to(ptr.dtype.element_ty), mask=inside)
-    else:
-        for j in tl.static_range(RUN):
-            inside = (offs_dim < dim) & _within(start + j, length)
-            offset = offs_dim + start.to(tl.int64) * stride_row + j * stride_row
-            tl.store(ptr + offset, run[j].to(ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _initial_column(step, length, WIDTH: tl.constexpr, REVERSE: tl.constexpr):
-    """The column of the initial states that stands for ``step``; within 0 ... WIDTH - 2 just for steps outside."""
-    return length + (WIDTH - 2) - step if REVERSE else step + (WIDTH - 1)
-
-
-@triton.jit
-def _load_x(
-    x_ptr, initial_ptr, stride_row, start, offs_dim, dim, length,
-    WIDTH: tl.constexpr, REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr, TIME_FAST: tl.constexpr,
-):  # fmt: skip
-    """A run of ``x`` in float32, with the initial states, or zero, where there is no ``x``."""
-    loaded = _load_run(x_ptr, stride_row, start, offs_dim, dim, length, 0.0, TIME_FAST)
-    run = ()
-    for j in tl.static_range(RUN):
-        value = loaded[j].to(tl.float32)
-        if HAS_INITIAL:
-            column = _initial_column(start + j, length, WIDTH, REVERSE)
-            inside = (offs_dim < dim) & _within(column, WIDTH - 1)
-            value += tl.load(initial_ptr + offs_dim.to(tl.int64) * (WIDTH - 1) + column, mask=inside, other=0.0).to(
-                tl.float32
-            )
-        run = run + (value,)
-    return run
-
-
-@triton.jit
-def _load_filter(weight_ptr, bias_ptr, offs_dim, dim, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr):
-    weight = ()
-    for tap in tl.static_range(WIDTH):
-        value = tl.load(weight_ptr + offs_dim.to(tl.int64) * WIDTH + tap, mask=offs_dim < dim, other=0.0)
-        weight = weight + (value.to(tl.float32),)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_dim, mask=offs_dim < dim, other=0.0).to(tl.float32)
-    else:
-        bias = tl.zeros_like(weight[0])
-    return weight, bias
-
-
-@triton.jit
-def _load_seq_idx(seq_idx_ptr, start, length):
-    """The sequences of the 3 RUN steps around each run, (1, runs) each; -1 outside."""
-    one_row = tl.zeros([1, 1], tl.int32)
-    before = _load_run(seq_idx_ptr, 1, start - RUN, one_row, 1, length, -1, False)
-    own = _load_run(seq_idx_ptr, 1, start, one_row, 1, length, -1, False)
-    after = _load_run(seq_idx_ptr, 1, start + RUN, one_row, 1, length, -1, False)
-    return before + own + after
-
-
-@triton.jit
-def _seen(
-    x, seq, i: tl.constexpr, tap: tl.constexpr,
-    WIDTH: tl.constexpr, REVERSE: tl.constexpr, HAS_SEQ_IDX: tl.constexpr,
-):  # fmt: skip
-    """What ``tap`` sees from the i-th step whose filter lies within ``x``: zero in another sequence than its own."""
-    value = x[i + (WIDTH - 1 - tap if REVERSE else tap)]
-    if HAS_SEQ_IDX:
-        same = seq[i + (WIDTH - 1 - tap if REVERSE else tap)] == seq[i + (0 if REVERSE else WIDTH - 1)]
-        value = tl.where(same, value, 0.0)
-    return value
-
-
-@triton.jit
-def _convolve(
-    x, seq, weight, bias, i: tl.constexpr,
-    WIDTH: tl.constexpr, REVERSE: tl.constexpr, HAS_SEQ_IDX: tl.constexpr,
-):  # fmt: skip
-    pre = bias
-    for tap in tl.static_range(WIDTH):
-        pre = weight[tap] * _seen(x, seq, i, tap, WIDTH, REVERSE, HAS_SEQ_IDX) + pre
-    return pre
-
-
-@triton.jit
-def _position(dim, groups, BLOCK_DIM: tl.constexpr):
-    """This program's sequence, its channels (BLOCK_DIM, 1), and its number among the programs along time."""
-    pid = tl.program_id(0)
-    blocks_dim = tl.cdiv(dim, BLOCK_DIM)
-    offs_dim = (pid % blocks_dim) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)[:, None]
-    pid_sequence = pid // blocks_dim
-    return (pid_sequence // groups).to(tl.int64), offs_dim, pid_sequence % groups
-
-
-@triton.jit
-def _multiple(size, ALIGN: tl.constexpr):
-    """The size, which the launcher knows to be a multiple of ALIGN, in a form that tells the compiler so."""
-    return size // ALIGN * ALIGN
 
 
 @triton.jit(
@@ -208,110 +76,37 @@ def _causal_conv1d_fwd_kernel(
     TIME_FAST: tl.constexpr, ALIGN: tl.constexpr, NATIVE: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_RUNS: tl.constexpr,
 ):  # fmt: skip
-    pid_batch, offs_dim, pid_time = _position(dim, groups, BLOCK_DIM)
-    dim, length = _multiple(dim, 1 if TIME_FAST else ALIGN), _multiple(length, ALIGN if TIME_FAST else 1)
-    stride_x_row = _multiple(stride_x_row, ALIGN).to(tl.int64)
-    stride_out_row = _multiple(stride_out_row, ALIGN).to(tl.int64)
-    x_ptr += pid_batch * _multiple(stride_x_batch, ALIGN)
-    out_ptr += pid_batch * _multiple(stride_out_batch, ALIGN)
+    pid_batch, offs_dim, pid_time = position(dim, groups, BLOCK_DIM)
+    dim, length = multiple(dim, 1 if TIME_FAST else ALIGN), multiple(length, ALIGN if TIME_FAST else 1)
+    stride_x_row = multiple(stride_x_row, ALIGN).to(tl.int64)
+    stride_out_row = multiple(stride_out_row, ALIGN).to(tl.int64)
+    x_ptr += pid_batch * multiple(stride_x_batch, ALIGN)
+    out_ptr += pid_batch * multiple(stride_out_batch, ALIGN)
     if HAS_INITIAL:
         initial_ptr += pid_batch * dim * (WIDTH - 1)
-    weight, bias = _load_filter(weight_ptr, bias_ptr, offs_dim, dim, WIDTH, HAS_BIAS)
+    weight, bias = load_filter(weight_ptr, bias_ptr, offs_dim, dim, WIDTH, HAS_BIAS)
     start = (pid_time * BLOCK_RUNS + tl.arange(0, BLOCK_RUNS)[None, :]) * RUN
 
-    own = _load_x(
-        x_ptr, initial_ptr, stride_x_row, start, offs_dim, dim, length, WIDTH, REVERSE, HAS_INITIAL, TIME_FAST
-    )
-    near = _load_x(
+    own = load_x(x_ptr, initial_ptr, stride_x_row, start, offs_dim, dim, length, WIDTH, REVERSE, HAS_INITIAL, TIME_FAST)
+    near = load_x(
         x_ptr, initial_ptr, stride_x_row, start + RUN if REVERSE else start - RUN, offs_dim, dim, length,
         WIDTH, REVERSE, HAS_INITIAL, TIME_FAST,
     )  # fmt: skip
     x = own + near[: WIDTH - 1] if REVERSE else near[RUN - (WIDTH - 1) :] + own
     seq = ()
     if HAS_SEQ_IDX:
-        seq = _load_seq_idx(seq_idx_ptr + pid_batch * length, start, length)
+        seq = load_seq_idx(seq_idx_ptr + pid_batch * length, start, length)
         seq = seq[RUN : 2 * RUN + WIDTH - 1] if REVERSE else seq[RUN - (WIDTH - 1) : 2 * RUN]
 
     out = ()
     for i in tl.static_range(RUN):
-        value = _convolve(x, seq, weight, bias, i, WIDTH, REVERSE, HAS_SEQ_IDX)
+        value = convolve(x, seq, weight, bias, i, WIDTH, REVERSE, HAS_SEQ_IDX)
         if SILU:
             value = value * sigmoid(value, NATIVE)
         if HAS_SEQ_IDX:
             value = tl.where(seq[i + (0 if REVERSE else WIDTH - 1)] >= 0, value, 0.0)
         out = out + (value,)
-    _store_run(out_ptr, out, stride_out_row, start, offs_dim, dim, length, TIME_FAST)
-
-
-@triton.jit
-def _load_dout(
-    dout_ptr, stride_row, start, offs_dim, dim, length,
-    WIDTH: tl.constexpr, REVERSE: tl.constexpr, TIME_FAST: tl.constexpr,
-):  # fmt: skip
-    """A run of ``dout`` and what follows it; entry i is the step beside x[i] with REVERSE, else x[i + WIDTH - 1]."""
-    own = _load_run(dout_ptr, stride_row, start, offs_dim, dim, length, 0.0, TIME_FAST)
-    near = _load_run(
-        dout_ptr, stride_row, start - RUN if REVERSE else start + RUN, offs_dim, dim, length, 0.0, TIME_FAST
-    )
-    return near[RUN - (WIDTH - 1) :] + own if REVERSE else own + near[: WIDTH - 1]
-
-
-@triton.jit
-def _pre_gradients(
-    dout, x, seq, weight, bias,
-    WIDTH: tl.constexpr, REVERSE: tl.constexpr, HAS_SEQ_IDX: tl.constexpr, SILU: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """``dpre``, entry by entry of ``dout``; ``x`` has context on both sides."""
-    dpre = ()
-    for i in tl.static_range(RUN + WIDTH - 1):
-        grad = dout[i].to(tl.float32)
-        if HAS_SEQ_IDX:
-            grad = tl.where(seq[i + (0 if REVERSE else WIDTH - 1)] >= 0, grad, 0.0)
-        if SILU:
-            pre = _convolve(x, seq, weight, bias, i, WIDTH, REVERSE, HAS_SEQ_IDX)
-            gate = sigmoid(pre, NATIVE)
-            grad = grad * (gate * (1.0 + pre * (1.0 - gate)))
-        dpre = dpre + (grad,)
-    return dpre
-
-
-@triton.jit
-def _x_gradient(
-    value, dpre, seq, weight, i: tl.constexpr,
-    WIDTH: tl.constexpr, REVERSE: tl.constexpr, HAS_SEQ_IDX: tl.constexpr,
-):  # fmt: skip
-    """``value`` plus the i-th step of ``dx``."""
-    for tap in tl.static_range(WIDTH):
-        grad = dpre[i + (tap if REVERSE else WIDTH - 1 - tap)]
-        if HAS_SEQ_IDX:
-            same = seq[i + (tap if REVERSE else 2 * (WIDTH - 1) - tap)] == seq[i + WIDTH - 1]
-            grad = tl.where(same, grad, 0.0)
-        value = weight[tap] * grad + value
-    return value
-
-
-@triton.jit
-def _filter_gradients(
-    dfilter, dpre, x, seq, WIDTH: tl.constexpr, REVERSE: tl.constexpr, HAS_SEQ_IDX: tl.constexpr
-):  # fmt: skip
-    """``dfilter``, the sums for each tap and the bias, plus those of a run."""
-    sums = ()
-    for tap in tl.static_range(WIDTH):
-        value = dfilter[tap]
-        for i in tl.static_range(WIDTH - 1 if REVERSE else 0, RUN + (WIDTH - 1 if REVERSE else 0)):
-            value = dpre[i] * _seen(x, seq, i, tap, WIDTH, REVERSE, HAS_SEQ_IDX) + value
-        sums = sums + (value,)
-    value = dfilter[WIDTH]
-    for i in tl.static_range(WIDTH - 1 if REVERSE else 0, RUN + (WIDTH - 1 if REVERSE else 0)):
-        value += dpre[i]
-    return sums + (value,)
-
-
-@triton.jit
-def _store_filter(partial_ptr, dfilter, offs_dim, dim, WIDTH: tl.constexpr):
-    for tap in tl.static_range(WIDTH + 1):
-        total = tl.sum(dfilter[tap], axis=1, keep_dims=True)
-        tl.store(partial_ptr + tap * dim + offs_dim, total, mask=offs_dim < dim)
+    store_run(out_ptr, out, stride_out_row, start, offs_dim, dim, length, TIME_FAST)
 
 
 @triton.jit(
@@ -329,19 +124,19 @@ def _causal_conv1d_bwd_kernel(
     TIME_FAST: tl.constexpr, ALIGN: tl.constexpr, NATIVE: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_RUNS: tl.constexpr,
 ):  # fmt: skip
-    pid_batch, offs_dim, pid_time = _position(dim, groups, BLOCK_DIM)
+    pid_batch, offs_dim, pid_time = position(dim, groups, BLOCK_DIM)
     partial_ptr += (pid_batch * groups + pid_time) * (WIDTH + 1) * dim
-    dim, length = _multiple(dim, 1 if TIME_FAST else ALIGN), _multiple(length, ALIGN if TIME_FAST else 1)
-    stride_x_row = _multiple(stride_x_row, ALIGN).to(tl.int64)
-    stride_dout_row = _multiple(stride_dout_row, ALIGN).to(tl.int64)
-    stride_dx_row = _multiple(stride_dx_row, ALIGN).to(tl.int64)
-    x_ptr += pid_batch * _multiple(stride_x_batch, ALIGN)
-    dout_ptr += pid_batch * _multiple(stride_dout_batch, ALIGN)
-    dx_ptr += pid_batch * _multiple(stride_dx_batch, ALIGN)
+    dim, length = multiple(dim, 1 if TIME_FAST else ALIGN), multiple(length, ALIGN if TIME_FAST else 1)
+    stride_x_row = multiple(stride_x_row, ALIGN).to(tl.int64)
+    stride_dout_row = multiple(stride_dout_row, ALIGN).to(tl.int64)
+    stride_dx_row = multiple(stride_dx_row, ALIGN).to(tl.int64)
+    x_ptr += pid_batch * multiple(stride_x_batch, ALIGN)
+    dout_ptr += pid_batch * multiple(stride_dout_batch, ALIGN)
+    dx_ptr += pid_batch * multiple(stride_dx_batch, ALIGN)
     if HAS_INITIAL:
         initial_ptr += pid_batch * dim * (WIDTH - 1)
         dinitial_ptr += pid_batch * dim * (WIDTH - 1)
-    weight, bias = _load_filter(weight_ptr, bias_ptr, offs_dim, dim, WIDTH, HAS_BIAS)
+    weight, bias = load_filter(weight_ptr, bias_ptr, offs_dim, dim, WIDTH, HAS_BIAS)
     dfilter = ()
     for _ in tl.static_range(WIDTH + 1):
         dfilter = dfilter + (tl.zeros([BLOCK_DIM, BLOCK_RUNS], tl.float32),)
@@ -350,41 +145,32 @@ def _causal_conv1d_bwd_kernel(
     origin = -RUN if HAS_INITIAL and not REVERSE else 0
     for block in range(pid_time * blocks, (pid_time + 1) * blocks):
         start = origin + (block * BLOCK_RUNS + tl.arange(0, BLOCK_RUNS)[None, :]) * RUN
-        before = _load_x(
-            x_ptr, initial_ptr, stride_x_row, start - RUN, offs_dim, dim, length,
-            WIDTH, REVERSE, HAS_INITIAL, TIME_FAST,
-        )  # fmt: skip
-        own = _load_x(
+        x = load_around(
             x_ptr, initial_ptr, stride_x_row, start, offs_dim, dim, length, WIDTH, REVERSE, HAS_INITIAL, TIME_FAST
         )
-        after = _load_x(
-            x_ptr, initial_ptr, stride_x_row, start + RUN, offs_dim, dim, length,
-            WIDTH, REVERSE, HAS_INITIAL, TIME_FAST,
-        )  # fmt: skip
-        x = before[RUN - (WIDTH - 1) :] + own + after[: WIDTH - 1]
         seq = ()
         if HAS_SEQ_IDX:
-            seq = _load_seq_idx(seq_idx_ptr + pid_batch * length, start, length)
+            seq = load_seq_idx(seq_idx_ptr + pid_batch * length, start, length)
             seq = seq[RUN - (WIDTH - 1) : 2 * RUN + WIDTH - 1]
-        dout = _load_dout(dout_ptr, stride_dout_row, start, offs_dim, dim, length, WIDTH, REVERSE, TIME_FAST)
-        dpre = _pre_gradients(dout, x, seq, weight, bias, WIDTH, REVERSE, HAS_SEQ_IDX, SILU, NATIVE)
+        dout = load_dout(dout_ptr, stride_dout_row, start, offs_dim, dim, length, WIDTH, REVERSE, TIME_FAST)
+        dpre = pre_gradients(dout, x, seq, weight, bias, WIDTH, REVERSE, HAS_SEQ_IDX, SILU, NATIVE)
         if NEEDS_DX:
             dx = ()
             for i in tl.static_range(RUN):
                 nothing = tl.zeros([BLOCK_DIM, BLOCK_RUNS], tl.float32)
-                dx = dx + (_x_gradient(nothing, dpre, seq, weight, i, WIDTH, REVERSE, HAS_SEQ_IDX),)
-            _store_run(dx_ptr, dx, stride_dx_row, start, offs_dim, dim, length, TIME_FAST)
+                dx = dx + (x_gradient(nothing, dpre, seq, weight, i, WIDTH, REVERSE, HAS_SEQ_IDX),)
+            store_run(dx_ptr, dx, stride_dx_row, start, offs_dim, dim, length, TIME_FAST)
             if HAS_INITIAL:
                 for i in tl.static_range(RUN):
-                    column = _initial_column(start + i, length, WIDTH, REVERSE)
-                    inside = (offs_dim < dim) & _within(column, WIDTH - 1)
+                    column = initial_column(start + i, length, WIDTH, REVERSE)
+                    inside = (offs_dim < dim) & within(column, WIDTH - 1)
                     offset = offs_dim.to(tl.int64) * (WIDTH - 1) + column
                     tl.store(dinitial_ptr + offset, dx[i].to(dinitial_ptr.dtype.element_ty), mask=inside)
         if NEEDS_DWEIGHT:
-            dfilter = _filter_gradients(dfilter, dpre, x, seq, WIDTH, REVERSE, HAS_SEQ_IDX)
+            dfilter = filter_gradients(dfilter, dpre, x, seq, WIDTH, REVERSE, HAS_SEQ_IDX)
 
     if NEEDS_DWEIGHT:
-        _store_filter(partial_ptr, dfilter, offs_dim, dim, WIDTH)
+        store_filter(partial_ptr, dfilter, offs_dim, dim, WIDTH)
 
 
 @triton.jit(do_not_specialize=["programs", "dim"])
