@@ -10,7 +10,7 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from cab.students import discrete_mamba2
 from cab.students.language import LanguageStudent, attention_blocks
-from cab_kernels.inner import causal
+from cab_kernels.inner import reference
 
 FAMILIES = {"mamba": 4, "falcon_mamba": 4, "mamba2": 8, "bamba": 8, "discrete_mamba2": 8}  # with the width of B and C
 OF_MAMBA2 = {"mamba2": (modeling_mamba2, "n_groups"), "bamba": (modeling_bamba, "mamba_n_groups")}
@@ -85,7 +85,7 @@ def test_b_and_c_carry_their_gradient_to_every_layer(family, checkpointing, fuse
 @pytest.mark.parametrize("family", FAMILIES)
 def test_b_and_c_are_those_of_the_scan(family, monkeypatch) -> None:
     given: list[tuple[Tensor, Tensor]] = []
-    ours = (causal, "selective_scan_ref")
+    ours = (reference, "selective_scan_ref")
     module, name = (OF_MAMBA2[family][0], "mamba2_chunk_scan") if family in OF_MAMBA2 else ours
     if family == "discrete_mamba2":
         module, name = discrete_mamba2, "discrete_scan"
