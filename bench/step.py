@@ -2,7 +2,7 @@
 """One training step of a vision distillation on synthetic images: milliseconds, images/s, peak memory, phases.
 
     python bench/step.py              # the table: KL alone and with the alignment, bf16 and fp32, eager and graphed
-    python bench/step.py --profile    # and the phases and the largest kernels of the bf16 step
+    python bench/step.py --profile    # and the phases and the largest kernels of the step in the first dtype
     python bench/step.py --student vim_small_patch16_224 --teacher deit_base_patch16_224
 
 Weights are random: the time of a step does not depend on them. The step is forward, backward and a fused AdamW. Peak
@@ -68,9 +68,9 @@ def measure(student: str, teacher: str, align: bool, batch: int, dtype: torch.dt
     )
 
 
-def profile(student: str, teacher: str, batch: int, count: int) -> None:
-    """Phases of the bf16 step by events, and its ``count`` largest kernels."""
-    step = Step(make_task(student, teacher, True), batch, torch.bfloat16, graph=False)
+def profile(student: str, teacher: str, batch: int, dtype: torch.dtype, count: int) -> None:
+    """Phases of a step by events, and its ``count`` largest kernels."""
+    step = Step(make_task(student, teacher, True), batch, dtype, graph=False)
     for _ in range(WARMUP):
         step()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
@@ -102,13 +102,14 @@ def main() -> None:
     print(f"\n{args.teacher} -> {args.student}, 224 px\n")
     print("| loss | batch | dtype | how | ms | images/s | peak GiB |")
     print("|---|---|---|---|---|---|---|")
+    dtypes = [getattr(torch, name) for name in args.dtype]
     for batch in args.batch:
-        for dtype in (getattr(torch, name) for name in args.dtype):
+        for dtype in dtypes:
             for align in (False, True):
                 for graph in (False, True):
                     measure(args.student, args.teacher, align, batch, dtype, graph)
     if args.profile:
-        profile(args.student, args.teacher, args.batch[0], args.profile)
+        profile(args.student, args.teacher, args.batch[0], dtypes[0], args.profile)
 
 
 if __name__ == "__main__":
