@@ -214,8 +214,7 @@ def bidirectional_mamba_inner(
         u = bidirectional_conv1d_fwd(x, conv_weight, conv_bias)
         projected = _product(u, x_weight)
         scanned = _scanned(u, projected, z, dt_weight, dt_bias, A, D)
-        outs, _, states = selective_scan_fwd(*scanned, None, None, True, False, False, keep)
-        out = outs[0].add_(outs[1])
+        out, _, states = selective_scan_fwd(*scanned, None, None, True, False, False, keep)
     return out.mT, projected, states, x_weight, dt_weight, A
 
 

@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 
 from cab_kernels.scan.device_kernels import (
-    exponent,
     fold_halves,
     fold_permuted,
     fold_states,
@@ -44,6 +43,7 @@ from cab_kernels.scan.forward_kernels import (
     channels_of,
     direction_of,
     load_matrix,
+    load_rates,
     one_of,
     place_in,
     row_of,
@@ -83,25 +83,25 @@ def _touch_befores(ptr, row, base, edge, lane, U: tl.constexpr, N: tl.constexpr)
 
 @jit
 def _selective_scan_bwd_kernel(
-    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, rows_ptr, D_ptr, z_ptr, delta_bias_ptr, dout_ptr, cu_seqlens_ptr,
-    befores_ptr, adjoints_ptr, dlast_ptr,
+    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, rows_ptr, D_ptr, z_ptr, delta_bias_ptr, dout_ptr, before_ptr,
+    cu_seqlens_ptr, befores_ptr, adjoints_ptr, dlast_ptr,
     du_ptr, ddelta_ptr, dz_ptr, drows_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, dinitial_ptr,
-    strides_u, strides_delta, strides_z, strides_dout, strides_du, strides_ddelta, strides_dz,
+    strides_u, strides_delta, strides_z, strides_dout, strides_before, strides_du, strides_ddelta, strides_dz,
     length, channels, groups, dim, dstate, sequences, chunks, blocks, total_rows,
     first_block, first_channel, befores_dim, parts_width,
     STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_DOUT: tl.constexpr,
-    STRIDE_DU: tl.constexpr, STRIDE_DDELTA: tl.constexpr, STRIDE_DZ: tl.constexpr,
+    STRIDE_BEFORE: tl.constexpr, STRIDE_DU: tl.constexpr, STRIDE_DDELTA: tl.constexpr, STRIDE_DZ: tl.constexpr,
     LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_DOUT: tl.constexpr,
-    LAYOUT_DU: tl.constexpr, LAYOUT_DDELTA: tl.constexpr, LAYOUT_DZ: tl.constexpr,
+    LAYOUT_BEFORE: tl.constexpr, LAYOUT_DU: tl.constexpr, LAYOUT_DDELTA: tl.constexpr, LAYOUT_DZ: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
     ORDERS: tl.constexpr, SPAN: tl.constexpr, SPLIT: tl.constexpr, PAD: tl.constexpr,
-    BOTH: tl.constexpr, NATIVE: tl.constexpr,
+    BOTH: tl.constexpr, SECOND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Owns a span of a block of channels of a sequence, or all of its steps unless SPLIT; walks them back.
 
     Reads its inputs once and B and C twice; writes du, ddelta, dz, and its part of all sums. A gradient whose pointer
-    is None is not wanted.
+    is None is not wanted; what is before the gradient of z, if anything, is added to it.
     """
     N: tl.constexpr = S * NT
     U: tl.constexpr = R * NT
@@ -128,14 +128,14 @@ def _selective_scan_bwd_kernel(
         end = count
     block = first_block + pid % blocks
     lane, base, own, edge, group = channels_of(block, channels, groups, S, R)
-    second, skip = direction_of(group, groups, dim, BOTH)
+    second, skip = direction_of(group, groups, dim, BOTH, SECOND)
     mask = own < edge
     row = tl.where(mask, own - skip, 0)
     part = lane % S // R * STEPS
     limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
     state = states_of(lane, S, NT, ORDERS)
     A_ptr = one_of(A_ptr, second, BOTH)
-    A = load_matrix(A_ptr, base - skip, edge - skip, 0, dstate, lane, state, S, R, NT, NATIVE)
+    A = load_rates(A_ptr, base - skip, edge - skip, dstate, lane, state, S, R, NT, NATIVE)
     D = 0.0
     if D_ptr is not None:
         D = tl.load(one_of(D_ptr, second, BOTH) + row).to(tl.float32)
@@ -181,6 +181,10 @@ def _selective_scan_bwd_kernel(
     if dz_ptr is not None:
         dz_ptr = one_of(dz_ptr, second, BOTH)
         dz_row = row_of(dz_ptr, strides_dz, sequence, first, count, row, second, STRIDE_DZ, STEPS, PACKED)
+    if before_ptr is not None:
+        before_row = row_of(
+            before_ptr, strides_before, sequence, first, count, row, second, STRIDE_BEFORE, STEPS, PACKED
+        )
     all_rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD) * WIDTH
     rows = all_rows + (lane // S % ORDERS * N + lane % S * NT)
     # What the fold over channels leaves in each lane: which of (B, C), and which states.
@@ -212,6 +216,8 @@ def _selective_scan_bwd_kernel(
         if z_ptr is not None:
             z = take_steps(next_z, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH)
             next_z = load_steps(z_row, part + then, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
+        if before_ptr is not None:
+            dz_before = load_steps(before_row, now, limit, second, STRIDE_BEFORE, STEPS, LAYOUT_BEFORE, BOTH, NATIVE)
         rows_t = rows + t.to(tl.int64) * WIDTH
         if drows_ptr is not None:
             drows_t = drows + t.to(tl.int64) * (2 * N)
@@ -233,7 +239,7 @@ def _selective_scan_bwd_kernel(
         dy = ()
         for i in tl.static_range(STEPS):
             d = step_size(x[i], bias, now + i < limit, SOFTPLUS, NATIVE)
-            dt = dt + (exponent(d, NATIVE),)
+            dt = dt + (d,)
             dtu = dtu + (d * u[i],)
             g = dout[i]
             if z_ptr is not None:
@@ -275,7 +281,14 @@ def _selective_scan_bwd_kernel(
             dzs = ()
             for i in tl.static_range(STEPS):
                 gate = sigmoid(z[i], NATIVE)
-                dzs = dzs + (dout[i] * (ys[i] + D * u[i]) * gate * (1.0 + z[i] * (1.0 - gate)),)
+                slope = gate + z[i] * gate * (1.0 - gate)
+                dzs = dzs + (dout[i] * (ys[i] + D * u[i]) * slope,)
+            if before_ptr is not None:
+                dz_before = take_steps(dz_before, second, STRIDE_BEFORE, STEPS, LAYOUT_BEFORE, BOTH)
+                summed = ()
+                for i in tl.static_range(STEPS):
+                    summed = summed + (dzs[i] + dz_before[i],)
+                dzs = summed
             store_steps(dz_row, now, limit, dzs, second, STRIDE_DZ, STEPS, LAYOUT_DZ, BOTH, NATIVE)
 
         # And back.
@@ -357,11 +370,10 @@ def _selective_scan_bwd_kernel(
         dus = ()
         ddeltas = ()
         for i in tl.static_range(STEPS):
-            dus = dus + (dxs[i] * from_exponent(dt[i], NATIVE) + D * dy[i],)
-            g = dexps[i] + dxs[i] * u[i]
+            dus = dus + (dxs[i] * dt[i] + D * dy[i],)
+            g = from_exponent(dexps[i], NATIVE) + dxs[i] * u[i]
             if SOFTPLUS:
-                biased = x[i] + bias
-                g = tl.where(biased > 20.0, g, g * sigmoid(biased, NATIVE))
+                g *= sigmoid(x[i] + bias, NATIVE)
             g = tl.where(now + i < limit, g, 0.0)
             dbias += g
             ddeltas = ddeltas + (g,)
@@ -374,10 +386,7 @@ def _selective_scan_bwd_kernel(
         keep_touched(kept, total_rows >> 31)
     parts = task * parts_width
     if dA_ptr is not None:
-        scaled = ()
-        for i in tl.static_range(U):
-            scaled = scaled + (from_exponent(dA[i], NATIVE),)
-        store_matrix(dA_ptr + parts, base, edge, 0, dstate, lane, state, scaled, S, R, NT, NATIVE)
+        store_matrix(dA_ptr + parts, base, edge, 0, dstate, lane, state, dA, S, R, NT, NATIVE)
     if B_ptr is not None and dB_ptr is not None:
         store_matrix(dB_ptr + parts, base, edge, 0, dstate, lane, state, dB, S, R, NT, NATIVE)
     if C_ptr is not None and dC_ptr is not None:
@@ -441,6 +450,7 @@ def _sum_rows_kernel(
     length,
     total_rows,
     dstate,
+    groups,
     blocks,
     first_block,
     end_block,
@@ -456,12 +466,12 @@ def _sum_rows_kernel(
 ):
     """Owns BLOCK steps of a sequence and group: adds up what the group's blocks of channels gave dB and dC.
 
-    Of its ``blocks``, those from first_block to end_block, which share drows_ptr; if blocks take turns, sums_ptr,
-    (groups, rows, 2 N), carries the sum from one slice of them to the next.
+    Of its ``blocks``, those from first_block to end_block, which share drows_ptr and have the groups of the grid; if
+    the blocks of a group take turns, sums_ptr, (groups, rows, 2 N), carries the sum from one slice of them to the next.
     """
     steps = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     sequence = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(2).to(tl.int64)
+    group = (first_block // blocks + tl.program_id(2)).to(tl.int64)
     first = sequence * length
     count = length
     batch = sequence
@@ -480,7 +490,7 @@ def _sum_rows_kernel(
     total_C = tl.zeros([BLOCK, N], tl.float32)
     if sums_ptr is not None:
         sums_ptr += group * total_rows * (2 * N) + row
-        earlier = inside & (first_block > 0)
+        earlier = inside & (first_block > group * blocks)
         total_B = tl.load(sums_ptr, mask=earlier, other=0.0)
         total_C = tl.load(sums_ptr + N, mask=earlier, other=0.0)
     at = drows_ptr + (low - first_block) * total_rows * (2 * N) + row
@@ -491,8 +501,7 @@ def _sum_rows_kernel(
     if sums_ptr is not None:
         tl.store(sums_ptr, total_B, mask=inside)
         tl.store(sums_ptr + N, total_C, mask=inside)
-    groups = tl.num_programs(2)
-    second, _ = direction_of(group, groups, 0, BOTH)
+    second, _ = direction_of(group, groups, 0, BOTH, False)
     time = (time + tl.where(second != REVERSE, count - 1 - steps, steps)).to(tl.int64)
     of_direction = group - tl.where(second, groups // 2, 0)
     if dB_ptr is not None:

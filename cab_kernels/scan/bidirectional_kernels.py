@@ -46,8 +46,8 @@ def bidirectional_selective_scan(
     Second, if ``keep``, states of both directions for backward.
     """
     inputs = _as_read(u, delta, A, B, C, D, z, delta_bias)
-    outs, _, states = selective_scan_fwd(*inputs, None, None, delta_softplus, False, False, keep)
-    return outs[0].add_(outs[1]), states
+    out, _, states = selective_scan_fwd(*inputs, None, None, delta_softplus, False, False, keep)
+    return out, states
 
 
 @bidirectional_selective_scan.register_fake

@@ -53,24 +53,20 @@ def reciprocal(x, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def log1p(x):
-    """log(1 + x) for x >= 0, to a few units in the last place."""
-    # 1 + x = 2**k (1 + f) with f in [-1/3, 1/3); what the sum 1 + x lost goes back into f.
-    total = 1.0 + x
-    lost = tl.where(total < 16777216.0, x - (total - 1.0), 0.0)
-    bits = total.to(tl.int32, bitcast=True)
-    power = (bits - 0x3F2AAAAB) & -0x00800000
-    f = (bits - power).to(tl.float32, bitcast=True) - 1.0
-    f += lost * (0x3F800000 - power).to(tl.float32, bitcast=True)
-    p = -0.1395808 * f + 0.1457305
-    p = p * f - 0.1219486
-    p = p * f + 0.1402235
-    p = p * f - 0.1668143
-    p = p * f + 0.2000124
-    p = p * f - 0.2499988
-    p = p * f + 0.3333331
-    p = p * f - 0.5
-    return power.to(tl.float32) * (LN2 * 1.1920928955078125e-07) + (p * (f * f) + f)
+def softplus(x, NATIVE: tl.constexpr):
+    """log(1 + exp(x)) to a few units in the last place for every x, however negative.
+
+    max(x, 0) + log1p(e) with e = exp(-|x|), and log1p(e) = 2 artanh(s) with s = e / (2 + e), at most 1/3, for which
+    2 artanh(s) / s is a polynomial in s * s to 4e-9 of its value.
+    """
+    e = power(exponent(-tl.abs(x), NATIVE), NATIVE)
+    s = e * reciprocal(2.0 + e, NATIVE)
+    square = s * s
+    series = 0.28178335 * square + 0.27960603
+    series = series * square + 0.4002491
+    series = series * square + 0.66666315
+    series = series * square + 2.0
+    return series * s + tl.maximum(x, 0.0)
 
 
 @triton.jit

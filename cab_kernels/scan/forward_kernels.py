@@ -33,9 +33,9 @@ from cab_kernels.scan.device_kernels import (
     load_one,
     load_rows,
     load_steps,
-    log1p,
     power,
     sigmoid,
+    softplus,
     stay_before,
     store_numbers,
     store_one,
@@ -85,14 +85,15 @@ def channels_of(block, channels, groups, S: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def direction_of(group, groups, dim, BOTH: tl.constexpr):
+def direction_of(group, groups, dim, BOTH: tl.constexpr, SECOND: tl.constexpr):
     """Where BOTH directions of a bidirectional scan share a launch, the second half of the groups runs from the end.
 
     Returns whether the group does, and how many channels come before those of its direction: scratch has both
-    directions' channels side by side, what the caller gave, or gets, comes in pairs (see ``one_of``).
+    directions' channels side by side, what the caller gave, or gets, comes in pairs (see ``one_of``). A launch of the
+    SECOND direction alone has its tensors alone, and reversed strides.
     """
     second = (group >= groups // 2) & BOTH
-    return second, tl.where(second, dim // 2, 0)
+    return second, tl.where(second | SECOND, dim // 2, 0)
 
 
 @triton.jit
@@ -155,6 +156,18 @@ def load_matrix(
 
 
 @triton.jit
+def load_rates(
+    A_ptr, base, edge, dstate, lane, states, S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr
+):
+    """A lane's part of A, in the unit that ``power`` takes."""
+    A = load_matrix(A_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
+    rates = ()
+    for i in tl.static_range(R * NT):
+        rates = rates + (exponent(A[i], NATIVE),)
+    return rates
+
+
+@triton.jit
 def store_matrix(
     ptr,
     base,
@@ -182,7 +195,7 @@ def step_size(x, bias, valid, SOFTPLUS: tl.constexpr, NATIVE: tl.constexpr):
     """delta', zero where there is no step: such a step changes no state."""
     x += bias
     if SOFTPLUS:
-        x = tl.where(x > 20.0, x, log1p(power(exponent(x, NATIVE), NATIVE)))
+        x = softplus(x, NATIVE)
     return tl.where(valid, x, 0.0)
 
 
@@ -195,15 +208,17 @@ def source_lane(lane, k, r, S: tl.constexpr, R: tl.constexpr, STEPS: tl.constexp
 @jit
 def _selective_scan_fwd_kernel(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, rows_ptr, D_ptr, z_ptr, delta_bias_ptr, initial_ptr, cu_seqlens_ptr,
-    out_ptr, states_ptr, last_ptr,
-    strides_u, strides_delta, strides_z, strides_out,
-    length, channels, groups, dim, dstate, sequences, chunk, chunks, blocks, total_rows,
-    STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_OUT: tl.constexpr,
-    LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_OUT: tl.constexpr,
+    before_ptr, out_ptr, states_ptr, last_ptr,
+    strides_u, strides_delta, strides_z, strides_before, strides_out,
+    length, channels, groups, dim, dstate, sequences, chunk, chunks, blocks, first_block, total_rows,
+    STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_BEFORE: tl.constexpr,
+    STRIDE_OUT: tl.constexpr,
+    LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_BEFORE: tl.constexpr,
+    LAYOUT_OUT: tl.constexpr,
     SOFTPLUS: tl.constexpr, SPLIT: tl.constexpr,
     S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
     SPAN: tl.constexpr, PAD: tl.constexpr, AHEAD: tl.constexpr,
-    BOTH: tl.constexpr, NATIVE: tl.constexpr,
+    BOTH: tl.constexpr, SECOND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Owns a block of channels of a sequence, or of one chunk of it if SPLIT.
 
@@ -229,15 +244,15 @@ def _selective_scan_fwd_kernel(
             first = sequence * length
             count = length
         end = count
-    lane, base, own, edge, group = channels_of(pid % blocks, channels, groups, S, R)
-    second, skip = direction_of(group, groups, dim, BOTH)
+    lane, base, own, edge, group = channels_of(first_block + pid % blocks, channels, groups, S, R)
+    second, skip = direction_of(group, groups, dim, BOTH, SECOND)
     mask = own < edge
     row = tl.where(mask, own - skip, 0)
     part = lane % S // R * STEPS
     limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
     states = states_of(lane, S, NT, 1)
     A_ptr = one_of(A_ptr, second, BOTH)
-    A = load_matrix(A_ptr, base - skip, edge - skip, 0, dstate, lane, states, S, R, NT, NATIVE)
+    A = load_rates(A_ptr, base - skip, edge - skip, dstate, lane, states, S, R, NT, NATIVE)
     slot = first // SPAN + sequence
     if SPLIT:
         h = load_matrix(states_ptr, base, edge, (slot + begin // SPAN) * dim, N, lane, states, S, R, NT, NATIVE)
@@ -279,6 +294,13 @@ def _selective_scan_fwd_kernel(
     if z_ptr is not None:
         z_row = row_of(z_ptr, strides_z, sequence, first, count, row, second, STRIDE_Z, STEPS, PACKED)
         next_z = load_steps(z_row, part + begin, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
+    if before_ptr is not None:
+        before_row = row_of(
+            before_ptr, strides_before, sequence, first, count, row, second, STRIDE_BEFORE, STEPS, PACKED
+        )
+        next_before = load_steps(
+            before_row, part + begin, limit, second, STRIDE_BEFORE, STEPS, LAYOUT_BEFORE, BOTH, NATIVE
+        )
     for span in range(begin, end, SPAN):
         if states_ptr is not None and not SPLIT:
             for r in tl.static_range(R):
@@ -297,6 +319,11 @@ def _selective_scan_fwd_kernel(
             if z_ptr is not None:
                 z = take_steps(next_z, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH)
                 next_z = load_steps(z_row, now + T, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
+            if before_ptr is not None:
+                before = take_steps(next_before, second, STRIDE_BEFORE, STEPS, LAYOUT_BEFORE, BOTH)
+                next_before = load_steps(
+                    before_row, now + T, limit, second, STRIDE_BEFORE, STEPS, LAYOUT_BEFORE, BOTH, NATIVE
+                )
             if AHEAD:
                 this_B = next_B
                 this_C = next_C
@@ -311,7 +338,7 @@ def _selective_scan_fwd_kernel(
             dtu = ()
             for i in tl.static_range(STEPS):
                 d = step_size(x[i], bias, now + i < limit, SOFTPLUS, NATIVE)
-                dt = dt + (exponent(d, NATIVE),)
+                dt = dt + (d,)
                 dtu = dtu + (d * u[i],)
             ys = ()
             for k in tl.static_range(T):
@@ -350,6 +377,8 @@ def _selective_scan_fwd_kernel(
                 y = ys[i] + D * u[i]
                 if z_ptr is not None:
                     y *= z[i] * sigmoid(z[i], NATIVE)
+                if before_ptr is not None:
+                    y += before[i]
                 outs = outs + (y,)
             store_steps(out_row, now, limit, outs, second, STRIDE_OUT, STEPS, LAYOUT_OUT, BOTH, NATIVE)
             rows += T * 2 * N
@@ -421,7 +450,7 @@ def _pack_kernel(
         batch = sequence * 0
         time = first
     groups = tl.num_programs(2)
-    second, _ = direction_of(group, groups, 0, BOTH)
+    second, _ = direction_of(group, groups, 0, BOTH, False)
     time = (time + tl.where(second != REVERSE, count - 1 - steps, steps)).to(tl.int64)
     of_direction = group - tl.where(second, groups // 2, 0)
     at = rows_ptr + (group * total_rows + first + sequence * PAD + steps[:, None]) * (2 * ORDERS * N)

@@ -77,6 +77,7 @@ RESIDENT = 1056  # eight a multiprocessor, as many as 255 registers a thread all
 FILL_FORWARD = 640  # with fewer programs, forward is faster in pieces, at nearly twice the exponentials
 FILL_PIECES = 4096  # and then in about so many
 FILL_BACKWARD = 2048  # with fewer programs, backward is faster by spans
+FILL_DIRECTION = 2048  # with as many programs each, two directions are faster one after the other
 
 
 class _Call:
@@ -112,6 +113,12 @@ class _Call:
     def blocks(self, tiling: Tiling) -> int:
         return self.groups * triton.cdiv(self.dim // self.groups, tiling.channels)
 
+    def turns(self, blocks: int) -> list[tuple[int | None, range]]:
+        """The directions that share the launches, or take turns: which one, None for all there are, and its blocks."""
+        if not self.both or blocks * self.sequences < 2 * FILL_DIRECTION:
+            return [(None, range(blocks))]
+        return [(0, range(blocks // 2)), (1, range(blocks // 2, blocks))]
+
     def numbered(self, steps: int) -> int:
         """How many numbers pieces of ``steps`` steps have: see ``sequence_of``."""
         return self.batch * self.length // steps + self.sequences
@@ -123,13 +130,14 @@ class _Call:
         pieces = max(1, triton.cdiv(self.length, steps))
         return self.batch * pieces, pieces
 
-    def activations(self, tensors: dict[str, Tensor | None], tiling: Tiling) -> dict[str, object]:
-        """A kernel's arguments for (batch, dim, length) tensors."""
+    def activations(self, tensors: dict, tiling: Tiling, turn: int | None = None) -> dict[str, object]:
+        """A kernel's arguments for (batch, dim, length) tensors, or pairs of them, or None."""
         arguments: dict[str, object] = {}
         for name, tensor in tensors.items():
             pointer, strides, stride, layout = None, None, 1, 0
             if tensor is not None:
-                pointer, tensor = _pointer(tensor), _first(tensor)
+                pointer = _pointer(tensor, turn)
+                tensor = _first(tensor) if turn is None else pointer
                 *strides, stride = tensor.stride()
                 if stride == 1 and strides[1] != 1 and not self.both:
                     bytes_ = tensor.element_size()
@@ -143,7 +151,7 @@ class _Call:
             arguments |= {
                 f"{name}_ptr": pointer,
                 f"strides_{name}": strides,
-                f"STRIDE_{name.upper()}": -stride if self.reverse else stride,
+                f"STRIDE_{name.upper()}": -stride if self.reverse or turn == 1 else stride,
                 f"LAYOUT_{name.upper()}": layout,
             }
         return arguments
@@ -156,7 +164,7 @@ class _Call:
             "total_rows": self.total_rows,
         }
 
-    def shared(self, tiling: Tiling) -> dict[str, object]:
+    def shared(self, tiling: Tiling, turn: int | None = None) -> dict[str, object]:
         return {
             "cu_seqlens_ptr": self.cu_seqlens,
             "length": self.length,
@@ -168,7 +176,8 @@ class _Call:
             "SOFTPLUS": self.softplus,
             "SPAN": self.span,
             "PAD": PAD,
-            "BOTH": self.both,
+            "BOTH": self.both and turn is None,
+            "SECOND": turn == 1,
             "NATIVE": self.native,
             **{name: getattr(tiling, name) for name in ("S", "R", "NT", "STEPS", "PARTS")},
             "num_warps": 1,
@@ -247,9 +256,11 @@ def _each(function: Callable[[Tensor], Tensor], given):
     return None if given is None else function(given)
 
 
-def _pointer(given):
-    """As a kernel takes it."""
-    return tuple(given) if isinstance(given, list) else given
+def _pointer(given, turn: int | None = None):
+    """As a kernel takes it: of a pair, both, or the one whose turn it is."""
+    if not isinstance(given, list):
+        return given
+    return tuple(given) if turn is None else given[turn]
 
 
 def _with_groups(matrix: Tensor) -> Tensor:
@@ -282,7 +293,7 @@ def selective_scan_fwd(
 ):
     """Run the forward kernel; the last state is empty unless asked for.
 
-    Of a bidirectional scan, all but z comes in pairs (lists), and so does the output.
+    Of a bidirectional scan, all but z comes in pairs (lists), and the output is the sum over both directions.
     """
     out, last_state, states = new_results(u, A, cu_seqlens, return_last_state, keep)
     call = _Call(u, A, B, C, cu_seqlens, delta_softplus, reverse)
@@ -294,31 +305,36 @@ def selective_scan_fwd(
         tiling = NARROW.get(call.N, tiling)
     elif programs > RESIDENT:
         tiling = CROWDED.get(call.N, tiling)
-    blocks = call.blocks(tiling)
+    chunk = triton.cdiv(triton.cdiv(call.length, pieces), call.span) * call.span
+    tasks = call.sequences if pieces == 1 else call.tasks(chunk)[0]
+    turns = call.turns(call.blocks(tiling))
     with _on_device(call.device):
         call.pack()
         if pieces > 1:
             if not keep:
                 states = call.new(call.numbered(call.span), call.dim, call.N)
             _sweep_forward(call, states, u, delta, A, delta_bias, initial_state)
-        chunk = triton.cdiv(triton.cdiv(call.length, pieces), call.span) * call.span
-        tasks = call.sequences if pieces == 1 else call.tasks(chunk)[0]
-        _selective_scan_fwd_kernel[(blocks * tasks,)](
-            **call.projections(),
-            A_ptr=_pointer(A),
-            delta_bias_ptr=_pointer(delta_bias),
-            **call.activations({"u": u, "delta": delta, "z": z, "out": out}, tiling),
-            D_ptr=_pointer(D),
-            initial_ptr=initial_state,
-            states_ptr=states if keep or pieces > 1 else None,
-            last_ptr=last_state if return_last_state else None,
-            chunk=chunk,
-            chunks=tasks // max(1, call.sequences),
-            blocks=blocks,
-            SPLIT=pieces > 1,
-            AHEAD=tiling.ahead,
-            **call.shared(tiling),
-        )
+        for turn, blocks in turns:
+            before = out[0] if turn == 1 else None
+            _selective_scan_fwd_kernel[(len(blocks) * tasks,)](
+                **call.projections(),
+                A_ptr=_pointer(A, turn),
+                delta_bias_ptr=_pointer(delta_bias, turn),
+                **call.activations({"u": u, "delta": delta, "z": z, "before": before, "out": out}, tiling, turn),
+                D_ptr=_pointer(D, turn),
+                initial_ptr=initial_state,
+                states_ptr=states if keep or pieces > 1 else None,
+                last_ptr=last_state if return_last_state else None,
+                chunk=chunk,
+                chunks=tasks // max(1, call.sequences),
+                blocks=len(blocks),
+                first_block=blocks.start,
+                SPLIT=pieces > 1,
+                AHEAD=tiling.ahead,
+                **call.shared(tiling, turn),
+            )
+    if call.both:
+        out = out[0].add_(out[1]) if len(turns) == 1 else out[1]
     return out, last_state, states
 
 
@@ -372,8 +388,6 @@ def selective_scan_bwd(
     call = _Call(u, A, B, C, cu_seqlens, delta_softplus, reverse)
     A, D, delta_bias, dlast_state = map(_contiguous, (A, D, delta_bias, dlast_state))
     dzs = dz
-    if call.both and dz is not None:
-        dzs = [dz, torch.empty_strided(dz.shape, dz.stride(), dtype=dz.dtype, device=dz.device)]
     split = call.length > call.span and call.blocks(WHOLE[call.N][1]) * call.sequences < FILL_BACKWARD
     sweep, tiling = BY_SPAN[call.N] if split else WHOLE[call.N]
     blocks = call.blocks(tiling)
@@ -393,57 +407,62 @@ def selective_scan_bwd(
     decays = torch.empty_like(states) if split else None
     adjoints = torch.empty_like(states) if split else None
     first_channels = call.first_channels(tiling)
-    per_slice = _blocks_at_once(call, tiling, blocks)
+    turns = call.turns(blocks)
+    if call.both and dz is not None:
+        strides = torch.empty_like(dz).stride() if len(turns) > 1 else dz.stride()
+        dzs = [torch.empty_strided(dz.shape, strides, dtype=dz.dtype, device=dz.device), dz]
+    per_slice = min(_blocks_at_once(call, tiling, blocks), len(turns[0][1]))
+    slices = [(turn, way[i : i + per_slice]) for turn, way in turns for i in range(0, len(way), per_slice)]
     drows = call.new(per_slice, call.total_rows, 2, call.N) if sum_rows else None
-    sums = call.new(call.groups, call.total_rows, 2, call.N) if sum_rows and per_slice < blocks else None
+    straddle = per_slice < len(turns[0][1]) and per_slice % (blocks // call.groups)
+    sums = call.new(call.groups, call.total_rows, 2, call.N) if sum_rows and straddle else None
+    width = max(first_channels[slice_.stop] - first_channels[slice_.start] for _, slice_ in slices)
+    befores = call.new(call.numbered(tiling.steps), width, call.N)
+    given = {"u": u, "delta": delta, "z": z, "dout": dout}
     with _on_device(call.device):
         call.pack(tiling.orders)
-        given = {"u": u, "delta": delta, "z": z, "dout": dout}
-        parameters_of_both = {"A_ptr": _pointer(A), "delta_bias_ptr": _pointer(delta_bias), "ORDERS": tiling.orders}
-        of_sweep, of_main = (
-            call.shared(way) | call.activations(given, way) | call.projections() | parameters_of_both
-            for way in (sweep, tiling)
-        )
-        width = max(
-            first_channels[min(block + per_slice, blocks)] - first_channels[block]
-            for block in range(0, blocks, per_slice)
-        )
-        befores = call.new(call.numbered(tiling.steps), width, call.N)
-        for block in range(0, blocks, per_slice):
-            count = min(per_slice, blocks - block)
-            channels = first_channels[block], first_channels[block + count]
-            place = {"blocks": count, "first_block": block, "first_channel": channels[0], "befores_dim": width}
-            _sweep_kernel[(count * tasks,)](
-                **of_sweep,
-                **place,
+        for turn, slice_ in slices:
+            channels = first_channels[slice_.start], first_channels[slice_.stop]
+            common = call.projections() | {
+                "A_ptr": _pointer(A, turn),
+                "delta_bias_ptr": _pointer(delta_bias, turn),
+                "befores_ptr": befores,
+                "adjoints_ptr": adjoints,
+                "chunks": chunks,
+                "blocks": len(slice_),
+                "first_block": slice_.start,
+                "first_channel": channels[0],
+                "befores_dim": width,
+                "ORDERS": tiling.orders,
+            }
+            _sweep_kernel[(len(slice_) * tasks,)](
+                **common,
+                **call.activations(given, sweep, turn),
+                **call.shared(sweep, turn),
                 states_ptr=states,
-                befores_ptr=befores,
                 decays_ptr=decays,
-                adjoints_ptr=adjoints,
-                chunks=chunks,
                 LOCAL=False,
                 ADJOINT=split,
                 EVERY=tiling.steps,
             )
             if split:
                 call.chain(adjoints, decays, dlast_state, True, channels)
-            _selective_scan_bwd_kernel[(count * main_tasks,)](
-                **of_main,
-                **place,
-                D_ptr=_pointer(D),
-                befores_ptr=befores,
-                adjoints_ptr=adjoints,
+            before = dzs[0] if turn == 1 and dz is not None else None
+            results = {"before": before, "du": du, "ddelta": ddelta, "dz": dzs}
+            _selective_scan_bwd_kernel[(len(slice_) * main_tasks,)](
+                **common,
+                **call.activations(given | results, tiling, turn),
+                **call.shared(tiling, turn),
+                D_ptr=_pointer(D, turn),
                 dlast_ptr=None if split else dlast_state,
-                **call.activations({"du": du, "ddelta": ddelta, "dz": dzs}, tiling),
                 drows_ptr=drows,
                 **places,
                 parts_width=ends[-1],
                 dinitial_ptr=dinitial,
-                chunks=chunks,
                 SPLIT=split,
             )
             if sum_rows:
-                _sum_rows(call, drows, sums, *varying, blocks, block, block + count)
+                _sum_rows(call, drows, sums, *varying, blocks // call.groups, slice_)
         if ends[-1]:
             _sum_parts_kernel[(triton.cdiv(ends[-1], 32),)](
                 parts_ptr=parts,
@@ -457,8 +476,8 @@ def selective_scan_bwd(
             )
     if dinitial is not None:
         dinitial_state.copy_(dinitial)
-    if isinstance(dzs, list):
-        dz += dzs[1]
+    if isinstance(dzs, list) and len(turns) == 1:
+        dz += dzs[0]
 
 
 def _blocks_at_once(call: _Call, tiling: Tiling, blocks: int) -> int:
@@ -473,11 +492,12 @@ def _blocks_at_once(call: _Call, tiling: Tiling, blocks: int) -> int:
     return max(1, triton.cdiv(blocks, max(1, slices)))
 
 
-def _sum_rows(call: _Call, drows, sums, dB, dC, blocks: int, first_block: int, end_block: int) -> None:
-    """Add up what the blocks of channels gave dB and dC."""
+def _sum_rows(call: _Call, drows, sums, dB, dC, blocks: int, slice_: range) -> None:
+    """Add up what a slice of the blocks of channels, of which a group has so many, gave dB and dC."""
     dB, dC = _each(_with_groups, dB), _each(_with_groups, dC)
     block = max(4, min(32, 1024 // call.N))
-    _sum_rows_kernel[(call.sequences, triton.cdiv(call.length, block), call.groups)](
+    groups = triton.cdiv(slice_.stop, blocks) - slice_.start // blocks
+    _sum_rows_kernel[(call.sequences, triton.cdiv(call.length, block), groups)](
         drows_ptr=drows,
         sums_ptr=sums,
         dB_ptr=_pointer(dB),
@@ -486,9 +506,10 @@ def _sum_rows(call: _Call, drows, sums, dB, dC, blocks: int, first_block: int, e
         length=call.length,
         total_rows=call.total_rows,
         dstate=call.dstate,
-        blocks=blocks // call.groups,
-        first_block=first_block,
-        end_block=end_block,
+        groups=call.groups,
+        blocks=blocks,
+        first_block=slice_.start,
+        end_block=slice_.stop,
         strides_dB=_strides(dB),
         strides_dC=_strides(dC),
         N=call.N,

@@ -9,7 +9,6 @@ All spans are swept at once, and ``_chain_kernel`` puts their parts together, on
 import triton.language as tl
 
 from cab_kernels.scan.device_kernels import (
-    exponent,
     from_lane,
     jit,
     keep_touched,
@@ -30,6 +29,7 @@ from cab_kernels.scan.forward_kernels import (
     channels_of,
     direction_of,
     load_matrix,
+    load_rates,
     one_of,
     row_of,
     sequence_of,
@@ -52,7 +52,7 @@ def _sweep_kernel(
     SOFTPLUS: tl.constexpr, LOCAL: tl.constexpr, ADJOINT: tl.constexpr,
     S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
     ORDERS: tl.constexpr, EVERY: tl.constexpr, SPAN: tl.constexpr, PAD: tl.constexpr,
-    BOTH: tl.constexpr, NATIVE: tl.constexpr,
+    BOTH: tl.constexpr, SECOND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Owns a span of a block of channels of a sequence; shared out like the forward kernel.
 
@@ -70,7 +70,7 @@ def _sweep_kernel(
     begin = span * SPAN
     end = min(begin + SPAN, count)
     lane, base, own, edge, group = channels_of(first_block + pid % blocks, channels, groups, S, R)
-    second, skip = direction_of(group, groups, dim, BOTH)
+    second, skip = direction_of(group, groups, dim, BOTH, SECOND)
     mask = own < edge
     row = tl.where(mask, own - skip, 0)
     part = lane % S // R * STEPS
@@ -78,7 +78,7 @@ def _sweep_kernel(
     slot = first // SPAN + sequence + span
     states = states_of(lane, S, NT, 1)
     A_ptr = one_of(A_ptr, second, BOTH)
-    A = load_matrix(A_ptr, base - skip, edge - skip, 0, dstate, lane, states, S, R, NT, NATIVE)
+    A = load_rates(A_ptr, base - skip, edge - skip, dstate, lane, states, S, R, NT, NATIVE)
     bias = 0.0
     if delta_bias_ptr is not None:
         bias = tl.load(one_of(delta_bias_ptr, second, BOTH) + row).to(tl.float32)
@@ -138,8 +138,8 @@ def _sweep_kernel(
         dy = ()
         for i in tl.static_range(STEPS):
             d = step_size(x[i], bias, now + i < limit, SOFTPLUS, NATIVE)
-            elapsed += exponent(d, NATIVE)
-            dt = dt + (exponent(d, NATIVE),)
+            elapsed += d
+            dt = dt + (d,)
             dtu = dtu + (d * u[i],)
             if ADJOINT:
                 g = dout[i]

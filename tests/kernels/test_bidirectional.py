@@ -86,6 +86,20 @@ def test_sequences_are_split_in_time(device, monkeypatch):
     assert_within_budget(triton_scan, inputs, {"delta_softplus": True}, definition, loop)
 
 
+@pytest.mark.parametrize("name", ["odd", "grouped", "length-contiguous", "model", "bare"])
+@pytest.mark.parametrize("at_once", [1, 100])
+def test_directions_take_turns(name, at_once, device, monkeypatch):
+    """One launch after the other, in backward also for each block of channels."""
+    pytest.importorskip("triton")
+    from cab_kernels.scan import kernels
+
+    monkeypatch.setattr(kernels, "FILL_DIRECTION", 0)
+    monkeypatch.setattr(kernels, "_blocks_at_once", lambda *_: at_once)
+    sizes, options = CASES[name]
+    inputs = both_inputs(**sizes, dtype=torch.float32, device=device)
+    assert_within_budget(triton_scan, inputs, options, definition, loop)
+
+
 def test_gradients_are_made_for_what_wants_them(device):
     pytest.importorskip("triton")
     inputs = both_inputs(dtype=torch.float32, device=device)

@@ -108,6 +108,13 @@ def test_as_exact_as_the_ops_one_after_the_other(sizes, seen, device):
     assert_as_exact_as_the_ops(make_inputs(**sizes, device=device), seen)
 
 
+def test_as_exact_when_directions_take_turns(device, monkeypatch):
+    from cab_kernels.scan import kernels
+
+    monkeypatch.setattr(kernels, "FILL_DIRECTION", 0)
+    assert_as_exact_as_the_ops(make_inputs(device=device), slice(None))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sizes", [{"length": 197, "dim": 384, "rank": 12, "dstate": 16}, {"rank": 8, "dstate": 8}])
