@@ -463,8 +463,10 @@ def _sum_rows_kernel(
     dC_BY_STEP: tl.constexpr,
     BOTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Owns BLOCK steps of a sequence and group: adds up what the group's blocks of channels gave dB and dC.
+    """Owns BLOCK steps of a sequence and group: adds up what the group's blocks of channels, ROWS at a time, gave dB
+    and dC.
 
     Of its ``blocks``, those from first_block to end_block, which share drows_ptr and have the groups of the grid; if
     the blocks of a group take turns, sums_ptr, (groups, rows, 2 N), carries the sum from one slice of them to the next.
@@ -486,19 +488,23 @@ def _sum_rows_kernel(
     row = (first + sequence * PAD + steps[:, None]) * (2 * N) + state[None, :]
     low = tl.maximum(group * blocks, first_block)
     high = tl.minimum((group + 1) * blocks, end_block)
-    total_B = tl.zeros([BLOCK, N], tl.float32)
-    total_C = tl.zeros([BLOCK, N], tl.float32)
+    total_B = tl.zeros([ROWS, BLOCK, N], tl.float32)
+    total_C = tl.zeros([ROWS, BLOCK, N], tl.float32)
+    width = total_rows.to(tl.int64) * (2 * N)
+    of_block = tl.arange(0, ROWS)[:, None, None]
+    at = drows_ptr + (low - first_block + of_block) * width + row[None, :, :]
+    for block in tl.range(low, high, ROWS, loop_unroll_factor=4):
+        mask = (block + of_block < high) & inside[None, :, :]
+        total_B += tl.load(at, mask=mask, other=0.0)
+        total_C += tl.load(at + N, mask=mask, other=0.0)
+        at += ROWS * width
+    total_B = tl.sum(total_B, 0)
+    total_C = tl.sum(total_C, 0)
     if sums_ptr is not None:
         sums_ptr += group * total_rows * (2 * N) + row
         earlier = inside & (first_block > group * blocks)
-        total_B = tl.load(sums_ptr, mask=earlier, other=0.0)
-        total_C = tl.load(sums_ptr + N, mask=earlier, other=0.0)
-    at = drows_ptr + (low - first_block) * total_rows * (2 * N) + row
-    for _ in tl.range(low, high, loop_unroll_factor=4):
-        total_B += tl.load(at, mask=inside, other=0.0)
-        total_C += tl.load(at + N, mask=inside, other=0.0)
-        at += total_rows.to(tl.int64) * (2 * N)
-    if sums_ptr is not None:
+        total_B += tl.load(sums_ptr, mask=earlier, other=0.0)
+        total_C += tl.load(sums_ptr + N, mask=earlier, other=0.0)
         tl.store(sums_ptr, total_B, mask=inside)
         tl.store(sums_ptr + N, total_C, mask=inside)
     second, _ = direction_of(group, groups, 0, BOTH, False)

@@ -208,7 +208,7 @@ def source_lane(lane, k, r, S: tl.constexpr, R: tl.constexpr, STEPS: tl.constexp
 @jit
 def _selective_scan_fwd_kernel(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, rows_ptr, D_ptr, z_ptr, delta_bias_ptr, initial_ptr, cu_seqlens_ptr,
-    before_ptr, out_ptr, states_ptr, last_ptr,
+    before_ptr, out_ptr, starts_ptr, states_ptr, last_ptr,
     strides_u, strides_delta, strides_z, strides_before, strides_out,
     length, channels, groups, dim, dstate, sequences, chunk, chunks, blocks, first_block, total_rows,
     STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_BEFORE: tl.constexpr,
@@ -255,7 +255,8 @@ def _selective_scan_fwd_kernel(
     A = load_rates(A_ptr, base - skip, edge - skip, dstate, lane, states, S, R, NT, NATIVE)
     slot = first // SPAN + sequence
     if SPLIT:
-        h = load_matrix(states_ptr, base, edge, (slot + begin // SPAN) * dim, N, lane, states, S, R, NT, NATIVE)
+        start = (first // chunk + sequence + index) * dim
+        h = load_matrix(starts_ptr, base, edge, start, N, lane, states, S, R, NT, NATIVE)
     elif initial_ptr is not None:
         h = load_matrix(initial_ptr, base, edge, sequence * dim, dstate, lane, states, S, R, NT, NATIVE)
     else:
@@ -302,7 +303,7 @@ def _selective_scan_fwd_kernel(
             before_row, part + begin, limit, second, STRIDE_BEFORE, STEPS, LAYOUT_BEFORE, BOTH, NATIVE
         )
     for span in range(begin, end, SPAN):
-        if states_ptr is not None and not SPLIT:
+        if states_ptr is not None:
             for r in tl.static_range(R):
                 channel = base + ((lane % R) ^ r)
                 at = states_ptr + ((slot + span // SPAN) * dim + channel) * N + lane % S * NT

@@ -174,7 +174,6 @@ class _Call:
             "dstate": self.dstate,
             "sequences": self.sequences,
             "SOFTPLUS": self.softplus,
-            "SPAN": self.span,
             "PAD": PAD,
             "BOTH": self.both and turn is None,
             "SECOND": turn == 1,
@@ -215,8 +214,8 @@ class _Call:
             enable_fp_fusion=True,
         )
 
-    def chain(self, parts, decays, start, backward: bool, channels: tuple[int, int]) -> None:
-        """Turn what each span adds to the states into what it starts from."""
+    def chain(self, parts, decays, start, backward: bool, channels: tuple[int, int], size: int) -> None:
+        """Turn what each span of ``size`` steps adds to the states into what it starts from."""
         block = 64
         _chain_kernel[(triton.cdiv((channels[1] - channels[0]) * self.N, block), self.sequences)](
             parts_ptr=parts,
@@ -228,8 +227,8 @@ class _Call:
             dstate=self.dstate,
             first_channel=channels[0],
             last_channel=channels[1],
+            size=size,
             N=self.N,
-            SPAN=self.span,
             BACKWARD=backward,
             AT_ONCE=16,
             BLOCK=block,
@@ -310,10 +309,7 @@ def selective_scan_fwd(
     turns = call.turns(call.blocks(tiling))
     with _on_device(call.device):
         call.pack()
-        if pieces > 1:
-            if not keep:
-                states = call.new(call.numbered(call.span), call.dim, call.N)
-            _sweep_forward(call, states, u, delta, A, delta_bias, initial_state)
+        starts = _starts(call, chunk, u, delta, A, delta_bias, initial_state) if pieces > 1 else None
         for turn, blocks in turns:
             before = out[0] if turn == 1 else None
             _selective_scan_fwd_kernel[(len(blocks) * tasks,)](
@@ -323,13 +319,15 @@ def selective_scan_fwd(
                 **call.activations({"u": u, "delta": delta, "z": z, "before": before, "out": out}, tiling, turn),
                 D_ptr=_pointer(D, turn),
                 initial_ptr=initial_state,
-                states_ptr=states if keep or pieces > 1 else None,
+                starts_ptr=starts,
+                states_ptr=states if keep else None,
                 last_ptr=last_state if return_last_state else None,
                 chunk=chunk,
                 chunks=tasks // max(1, call.sequences),
                 blocks=len(blocks),
                 first_block=blocks.start,
                 SPLIT=pieces > 1,
+                SPAN=call.span,
                 AHEAD=tiling.ahead,
                 **call.shared(tiling, turn),
             )
@@ -338,17 +336,18 @@ def selective_scan_fwd(
     return out, last_state, states
 
 
-def _sweep_forward(call: _Call, states, u, delta, A, delta_bias, initial_state) -> None:
-    """Compute the state before each span, all spans at once."""
-    decays = torch.empty_like(states)
+def _starts(call: _Call, chunk: int, u, delta, A, delta_bias, initial_state) -> Tensor:
+    """The state before each piece of ``chunk`` steps, made from all pieces at once."""
+    starts = call.new(call.numbered(chunk), call.dim, call.N)
+    decays = torch.empty_like(starts)
     sweep = TILINGS[call.N]
-    tasks, chunks = call.tasks(call.span)
+    tasks, chunks = call.tasks(chunk)
     _sweep_kernel[(call.blocks(sweep) * tasks,)](
         **call.projections(),
         A_ptr=_pointer(A),
         delta_bias_ptr=_pointer(delta_bias),
         **call.activations({"u": u, "delta": delta, "z": None, "dout": None}, sweep),
-        states_ptr=states,
+        states_ptr=starts,
         befores_ptr=None,
         decays_ptr=decays,
         adjoints_ptr=None,
@@ -357,13 +356,15 @@ def _sweep_forward(call: _Call, states, u, delta, A, delta_bias, initial_state) 
         first_block=0,
         first_channel=0,
         befores_dim=0,
+        size=chunk,
         LOCAL=True,
         ADJOINT=False,
         EVERY=sweep.steps,
         ORDERS=1,
         **call.shared(sweep),
     )
-    call.chain(states, decays, initial_state, False, (0, call.dim))
+    call.chain(starts, decays, initial_state, False, (0, call.dim), chunk)
+    return starts
 
 
 def _pieces(call: _Call, blocks: int) -> int:
@@ -441,12 +442,13 @@ def selective_scan_bwd(
                 **call.shared(sweep, turn),
                 states_ptr=states,
                 decays_ptr=decays,
+                size=call.span,
                 LOCAL=False,
                 ADJOINT=split,
                 EVERY=tiling.steps,
             )
             if split:
-                call.chain(adjoints, decays, dlast_state, True, channels)
+                call.chain(adjoints, decays, dlast_state, True, channels, call.span)
             before = dzs[0] if turn == 1 and dz is not None else None
             results = {"before": before, "du": du, "ddelta": ddelta, "dz": dzs}
             _selective_scan_bwd_kernel[(len(slice_) * main_tasks,)](
@@ -460,6 +462,7 @@ def selective_scan_bwd(
                 parts_width=ends[-1],
                 dinitial_ptr=dinitial,
                 SPLIT=split,
+                SPAN=call.span,
             )
             if sum_rows:
                 _sum_rows(call, drows, sums, *varying, blocks // call.groups, slice_)
@@ -495,8 +498,10 @@ def _blocks_at_once(call: _Call, tiling: Tiling, blocks: int) -> int:
 def _sum_rows(call: _Call, drows, sums, dB, dC, blocks: int, slice_: range) -> None:
     """Add up what a slice of the blocks of channels, of which a group has so many, gave dB and dC."""
     dB, dC = _each(_with_groups, dB), _each(_with_groups, dC)
-    block = max(4, min(32, 1024 // call.N))
+    block = at_once = max(4, min(32, 1024 // call.N))
     groups = triton.cdiv(slice_.stop, blocks) - slice_.start // blocks
+    while block > 4 and call.sequences * groups * triton.cdiv(call.length, block) < FEW:
+        block //= 2
     _sum_rows_kernel[(call.sequences, triton.cdiv(call.length, block), groups)](
         drows_ptr=drows,
         sums_ptr=sums,
@@ -519,6 +524,7 @@ def _sum_rows(call: _Call, drows, sums, dB, dC, blocks: int, slice_: range) -> N
         dC_BY_STEP=_by_step(dC),
         BOTH=call.both,
         BLOCK=block,
+        ROWS=at_once // block,
         num_warps=4,
         enable_fp_fusion=True,
     )

@@ -46,15 +46,15 @@ def _sweep_kernel(
     states_ptr, befores_ptr, decays_ptr, adjoints_ptr,
     strides_u, strides_delta, strides_z, strides_dout,
     length, channels, groups, dim, dstate, sequences, chunks, blocks, total_rows,
-    first_block, first_channel, befores_dim,
+    first_block, first_channel, befores_dim, size,
     STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_DOUT: tl.constexpr,
     LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_DOUT: tl.constexpr,
     SOFTPLUS: tl.constexpr, LOCAL: tl.constexpr, ADJOINT: tl.constexpr,
     S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
-    ORDERS: tl.constexpr, EVERY: tl.constexpr, SPAN: tl.constexpr, PAD: tl.constexpr,
+    ORDERS: tl.constexpr, EVERY: tl.constexpr, PAD: tl.constexpr,
     BOTH: tl.constexpr, SECOND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Owns a span of a block of channels of a sequence; shared out like the forward kernel.
+    """Owns a span of ``size`` steps of a block of channels of a sequence; shared out like the forward kernel.
 
     LOCAL: starts from zero, and writes the part and the decay of its span. Otherwise starts from the state that forward
     kept, and writes the state before every EVERY steps to befores_ptr, (iterations, befores_dim, N), in the order that
@@ -66,16 +66,16 @@ def _sweep_kernel(
     PACKED: tl.constexpr = cu_seqlens_ptr is not None
     TOUCHED: tl.constexpr = touches(T * 2 * N)
     pid = tl.program_id(0)
-    sequence, span, first, count = sequence_of(pid // blocks, length, chunks, cu_seqlens_ptr, sequences, SPAN)
-    begin = span * SPAN
-    end = min(begin + SPAN, count)
+    sequence, span, first, count = sequence_of(pid // blocks, length, chunks, cu_seqlens_ptr, sequences, size)
+    begin = span * size
+    end = min(begin + size, count)
     lane, base, own, edge, group = channels_of(first_block + pid % blocks, channels, groups, S, R)
     second, skip = direction_of(group, groups, dim, BOTH, SECOND)
     mask = own < edge
     row = tl.where(mask, own - skip, 0)
     part = lane % S // R * STEPS
     limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
-    slot = first // SPAN + sequence + span
+    slot = first // size + sequence + span
     states = states_of(lane, S, NT, 1)
     A_ptr = one_of(A_ptr, second, BOTH)
     A = load_rates(A_ptr, base - skip, edge - skip, dstate, lane, states, S, R, NT, NATIVE)
@@ -217,13 +217,13 @@ def _chain_kernel(
     dstate,
     first_channel,
     last_channel,
+    size,
     N: tl.constexpr,
-    SPAN: tl.constexpr,
     BACKWARD: tl.constexpr,
     AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Owns BLOCK states of a sequence, and replaces what each span adds to them by what the span starts from.
+    """Owns BLOCK states of a sequence, and replaces what each span of ``size`` steps adds by what it starts from.
 
     The state that a span ends with is ``decay * start + part``; BACKWARD, spans are met from the last to the first.
     """
@@ -240,9 +240,9 @@ def _chain_kernel(
         inside = mask & (offs % N < dstate)
         at = start_ptr + (sequence * dim + offs // N) * dstate + offs % N
         state = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    spans = tl.maximum(tl.cdiv(count, SPAN), 1)  # an empty sequence has a slot, which hands on
+    spans = tl.maximum(tl.cdiv(count, size), 1)  # an empty sequence has a slot, which hands on
     step = dim.to(tl.int64) * N
-    start = (first // SPAN + sequence) * step
+    start = (first // size + sequence) * step
     if BACKWARD:
         start += (spans - 1) * step
         step = -step

@@ -57,7 +57,7 @@ def test_scratch_is_shared_by_slices_of_the_channels(device, monkeypatch):
     monkeypatch.setattr(kernels, "_blocks_at_once", lambda *_: 2)
     got = results_and_gradients(triton_scan, inputs, {})
     for name in want:
-        assert torch.equal(got[name], want[name]), name
+        torch.testing.assert_close(got[name], want[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ pytest.importorskip("triton")
 
 from cab_kernels.scan.kernels import PAD, TILINGS
 
-ACTIVATIONS = ("u", "delta", "z", "out", "dout", "du", "ddelta", "dz")
-ABSENT = ("D", "z", "delta_bias", "initial", "cu_seqlens", "last", "dlast", "start", "dD", "dz", "dbias", "dinitial")
+ACTIVATIONS = ("u", "delta", "z", "before", "out", "dout", "du", "ddelta", "dz")
+ABSENT = ("D", "z", "delta_bias", "initial", "cu_seqlens", "before", "last", "dlast", "start")
+ABSENT += ("dD", "dz", "dbias", "dinitial")
 # Of a bidirectional scan, these come in pairs.
 PAIRS = ("u", "delta", "out", "du", "ddelta", "dz", "A", "B", "C", "D", "delta_bias")
 KERNELS = {
@@ -33,7 +34,7 @@ def spec(
     values |= dict.fromkeys(("B_BY_STEP", "dB_BY_STEP"), options_on) | dict.fromkeys(("C_BY_STEP", "dC_BY_STEP"), False)
     values |= dict.fromkeys(("SOFTPLUS", "SPLIT", "ADJOINT", "BACKWARD"), options_on)
     values |= {"REVERSE": options_on and not both}
-    values |= {"LOCAL": not options_on, "AHEAD": not options_on, "BOTH": both}
+    values |= {"LOCAL": not options_on, "AHEAD": not options_on, "BOTH": both, "SECOND": options_on and not both}
     for name in ACTIVATIONS:
         values[f"LAYOUT_{name.upper()}"] = layout
         values[f"STRIDE_{name.upper()}"] = (-1 if options_on and not both else 1) * (1 if layout else 96)
@@ -42,7 +43,7 @@ def spec(
     if not options_on:
         values |= {f"{name}_ptr": None for name in ABSENT}
     if both:  # as they come with options of their own
-        values |= {f"{name}_ptr": None for name in ("initial", "cu_seqlens", "last", "dlast", "dinitial")}
+        values |= {f"{name}_ptr": None for name in ("initial", "cu_seqlens", "before", "last", "dlast", "dinitial")}
     signature = {}
     for name in names:
         if name.startswith("strides_"):
