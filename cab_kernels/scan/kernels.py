@@ -61,11 +61,9 @@ TILINGS = {
     128: Tiling(32, 2, 4, 1, 8),
     256: Tiling(32, 1, 8, 1, 8),
 }
-# Forward with more programs than run at once: fewer registers, and three warps a scheduler instead of two.
-CROWDED = {16: dataclasses.replace(TILINGS[16], registers=168)}
-# Forward where steps lie side by side in memory, which a lane that owns fewer of them loads better, or where programs
-# are few: at 8 x 1536 x 2048, 0.265 and 0.258 ms against 0.310 and 0.273.
-NARROW = {16: Tiling(8, 2, 2, 2, 4, ahead=True)}
+# Forward of few programs, by the bytes of a number: two warps of fewer states each, whose rows of B and C come into
+# registers ahead of time, or touched into the L1 cache as everywhere else.
+NARROW = {2: Tiling(8, 2, 2, 2, 4, registers=96), 4: Tiling(8, 2, 2, 2, 4, ahead=True)}
 # Backward's two passes, the sweep and the walk back, which hold the same states in a lane: over whole sequences, and
 # by spans.
 WHOLE = {states: (tiling, tiling) for states, tiling in TILINGS.items()}
@@ -73,9 +71,8 @@ WHOLE |= {64: (Tiling(8, 2, 8, 1, 4), Tiling(8, 2, 8, 1, 4))}
 BY_SPAN = WHOLE | {16: (dataclasses.replace(TILINGS[16], registers=128), TILINGS[16])}
 SPAN = 128  # steps between the states that forward keeps
 FEW = 800  # programs of one warp: six a multiprocessor
-RESIDENT = 1056  # eight a multiprocessor, as many as 255 registers a thread allow
 FILL_FORWARD = 640  # with fewer programs, forward is faster in pieces, at nearly twice the exponentials
-FILL_PIECES = 4096  # and then in about so many
+FILL_PIECES = 16384  # and then in about so many
 FILL_BACKWARD = 2048  # with fewer programs, backward is faster by spans
 FILL_DIRECTION = 2048  # with as many programs each, two directions are faster one after the other
 
@@ -165,6 +162,8 @@ class _Call:
         }
 
     def shared(self, tiling: Tiling, turn: int | None = None) -> dict[str, object]:
+        steps, channels = self.length % tiling.steps, self.dim // self.groups % tiling.channels
+        lanes = tiling.S == tiling.R * tiling.PARTS
         return {
             "cu_seqlens_ptr": self.cu_seqlens,
             "length": self.length,
@@ -175,6 +174,7 @@ class _Call:
             "sequences": self.sequences,
             "SOFTPLUS": self.softplus,
             "PAD": PAD,
+            "FULL": self.cu_seqlens is None and lanes and not steps and not channels,
             "BOTH": self.both and turn is None,
             "SECOND": turn == 1,
             "NATIVE": self.native,
@@ -297,19 +297,13 @@ def selective_scan_fwd(
     out, last_state, states = new_results(u, A, cu_seqlens, return_last_state, keep)
     call = _Call(u, A, B, C, cu_seqlens, delta_softplus, reverse)
     A, D, delta_bias, initial_state = map(_contiguous, (A, D, delta_bias, initial_state))
-    tiling = TILINGS[call.N]
-    pieces = _pieces(call, call.blocks(tiling))
-    programs = call.blocks(tiling) * call.sequences * pieces
-    if _first(u).stride(2) == 1 or programs < FEW:
-        tiling = NARROW.get(call.N, tiling)
-    elif programs > RESIDENT:
-        tiling = CROWDED.get(call.N, tiling)
-    chunk = triton.cdiv(triton.cdiv(call.length, pieces), call.span) * call.span
-    tasks = call.sequences if pieces == 1 else call.tasks(chunk)[0]
+    chunk = _chunk(call)
+    tasks = call.sequences if chunk == call.length else call.tasks(chunk)[0]
+    tiling = _forward_tiling(call, tasks, by_step=_first(u).stride(2) == 1)
     turns = call.turns(call.blocks(tiling))
     with _on_device(call.device):
         call.pack()
-        starts = _starts(call, chunk, u, delta, A, delta_bias, initial_state) if pieces > 1 else None
+        starts = _starts(call, chunk, u, delta, A, delta_bias, initial_state) if chunk < call.length else None
         for turn, blocks in turns:
             before = out[0] if turn == 1 else None
             _selective_scan_fwd_kernel[(len(blocks) * tasks,)](
@@ -326,7 +320,7 @@ def selective_scan_fwd(
                 chunks=tasks // max(1, call.sequences),
                 blocks=len(blocks),
                 first_block=blocks.start,
-                SPLIT=pieces > 1,
+                SPLIT=chunk < call.length,
                 SPAN=call.span,
                 AHEAD=tiling.ahead,
                 **call.shared(tiling, turn),
@@ -367,12 +361,22 @@ def _starts(call: _Call, chunk: int, u, delta, A, delta_bias, initial_state) -> 
     return starts
 
 
-def _pieces(call: _Call, blocks: int) -> int:
-    """Into how many pieces forward splits each sequence, where programs are too few to fill a GPU."""
-    if call.cu_seqlens is not None or call.length <= 2 * call.span:
-        return 1
-    programs = max(1, blocks * call.sequences)
-    return 1 if programs >= FILL_FORWARD else min(call.length // call.span, FILL_PIECES // programs)
+def _chunk(call: _Call) -> int:
+    """How many steps forward takes at a time: all, unless programs are too few to fill a GPU."""
+    programs = max(1, call.blocks(TILINGS[call.N]) * call.sequences)
+    if call.cu_seqlens is not None or call.length <= 2 * call.span or programs >= FILL_FORWARD:
+        return call.length
+    return max(1, call.length * programs // (FILL_PIECES * call.span)) * call.span
+
+
+def _forward_tiling(call: _Call, tasks: int, by_step: bool) -> Tiling:
+    tiling = TILINGS[call.N]
+    few = call.blocks(tiling) * tasks < FEW
+    if call.N != 16:  # the others were not timed
+        return tiling
+    if few or by_step and call.element_size == 4:
+        return NARROW[call.element_size]
+    return dataclasses.replace(tiling, registers=168 if by_step or call.element_size == 4 else 128)
 
 
 def selective_scan_bwd(

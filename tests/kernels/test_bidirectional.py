@@ -48,13 +48,14 @@ definition = bidirectional(bidirectional_selective_scan_ref)
 triton_scan = bidirectional(lambda **given: bidirectional_selective_scan_fn(**given, backend="triton"))
 
 # An odd number of channels and steps; a step; several groups; steps side by side in memory; a model's states, over
-# more than one block of channels; and every option off.
+# more than one block of channels, and over whole blocks and iterations; and every option off.
 CASES = {
     "odd": ({"dim": 5, "length": 11}, {"delta_softplus": True}),
     "one-step": ({"length": 1}, {"delta_softplus": True}),
     "grouped": ({"B": GROUPED, "C": GROUPED, "dstate": 4}, {"delta_softplus": True}),
     "length-contiguous": ({"channels_first": True, "length": 9}, {"delta_softplus": True}),
     "model": ({"batch": 1, "dim": 19, "length": 10, "dstate": 16}, {"delta_softplus": True}),
+    "whole-blocks": ({"batch": 1, "dim": 16, "length": 16, "dstate": 16}, {"delta_softplus": True}),
     "bare": ({"optional": ()}, {}),
     "no-steps": ({"length": 0}, {"delta_softplus": True}),
     "no-batch": ({"batch": 0}, {"delta_softplus": True}),
@@ -86,7 +87,7 @@ def test_sequences_are_split_in_time(device, monkeypatch):
     assert_within_budget(triton_scan, inputs, {"delta_softplus": True}, definition, loop)
 
 
-@pytest.mark.parametrize("name", ["odd", "grouped", "length-contiguous", "model", "bare"])
+@pytest.mark.parametrize("name", ["odd", "grouped", "length-contiguous", "model", "whole-blocks", "bare"])
 @pytest.mark.parametrize("at_once", [1, 100])
 def test_directions_take_turns(name, at_once, device, monkeypatch):
     """One launch after the other, in backward also for each block of channels."""

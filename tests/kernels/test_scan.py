@@ -32,12 +32,21 @@ def test_matches_definition(sizes, options, device):
     assert_within_budget(triton_scan, make_inputs(**sizes, dtype=torch.float32, device=device), options)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_sequences_are_split_in_time(packed, device, monkeypatch):
+SPLIT = {
+    "odd": {"dim": 5, "length": 21},
+    "in-pieces-of-several-spans": {"dim": 5, "length": 21, "fill": 1},
+    "whole-blocks": {"dim": 32, "length": 24},
+    "packed": {"dim": 5, "length": 21, "sequences": 3},
+}
+
+
+@pytest.mark.parametrize("sizes", SPLIT.values(), ids=SPLIT)
+def test_sequences_are_split_in_time(sizes, device, monkeypatch):
     """Of spans so short that forward and backward each split a sequence into several."""
+    sizes = {"batch": 1, "dstate": 4, "optional": ALL, **sizes}
     monkeypatch.setattr(kernels, "SPAN", 8)
-    sizes = {"batch": 1, "dim": 5, "length": 21, "dstate": 4, "optional": ALL, "sequences": 3 if packed else None}
-    bounds = {"cu_seqlens": [0, 18, 18, 21]} if packed else {}
+    monkeypatch.setattr(kernels, "FILL_PIECES", sizes.pop("fill", kernels.FILL_PIECES))
+    bounds = {"cu_seqlens": [0, 18, 18, 21]} if "sequences" in sizes else {}
     inputs = make_inputs(**sizes, dtype=torch.float32, device=device)
     assert_within_budget(triton_scan, inputs, {"delta_softplus": True, **bounds})
 
