@@ -32,7 +32,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-import triton
 from _machine import describe_machine
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -162,8 +161,9 @@ def our_bridge(x: torch.Tensor, weights: list[torch.Tensor], target: torch.Tenso
     return bridge_mse_triton([x], *stacks, [target], None, None, None, None).squeeze(0)
 
 
-def launch_nothing(*_: Any, **__: Any) -> None:
-    """In a kernel's place; a mock would keep its arguments alive."""
+def launch_nothing(_kernel: Any, _grid: Any) -> Callable[..., None]:
+    """In the place of a kernel's launch; a mock would keep the arguments alive."""
+    return lambda *_, **__: None
 
 
 @contextlib.contextmanager
@@ -172,7 +172,8 @@ def traced_as_on_an_h100() -> Iterator[Trace]:
     with contextlib.ExitStack() as stack:
         for module in (chunked_kernels, fused_kernels):
             stack.enter_context(mock.patch.object(module, "processors", return_value=132))
-        stack.enter_context(mock.patch.object(triton.JITFunction, "run", launch_nothing))
+        kernel = type(chunked_kernels._chunk_silu_kernel)  # compiled or interpreted
+        stack.enter_context(mock.patch.object(kernel, "__getitem__", launch_nothing))
         yield stack.enter_context(Trace())
 
 
