@@ -573,7 +573,7 @@ def test_fused_kernels_compile_for_gpus_that_are_not_here(compile_offline):
     # As a Hopper GPU runs them, with the next block fetched ahead.
     hopper = [
         spec(FUSED, "_bridge_inner_kernel", nothing | resident | gradients | {"STAGES": 2}, num_warps=4, num_stages=1),
-        spec(FUSED, "_bridge_outer_kernel", nothing | outer | {"STAGES": 2}, num_warps=4, num_stages=1),
+        spec(FUSED, "_bridge_outer_kernel", nothing | outer | {"STAGES": 3}, num_warps=4, num_stages=1),
     ]
     assert compile_offline([kernel | {"capabilities": [90]} for kernel in hopper]).count("sm_90") == 2
 
