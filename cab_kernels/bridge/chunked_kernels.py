@@ -8,7 +8,8 @@ dtype. For each step, and then once for the chunk:
     dw2 += R^T H     dw1 += dZ^T X
 
 A step is small, so that what one launch leaves is still in the L2 cache when the next one reads it; a chunk is large,
-because each one reads and writes the float32 weight gradients, which accumulate through all chunks.
+because each one reads and writes the float32 weight gradients, which accumulate through all chunks; where dZ is kept
+and x is a matrix, dw1 needs no chunks.
 
 Where dZ is no wider than dX, it is kept in dX's stead in bfloat16, and backward makes dX by a product with the scaled
 w1: that saves a pass over dX, and a rounding. float16 could not hold a w1 that is scaled so. float32 saves the memory
@@ -45,7 +46,7 @@ CHUNK_TOKENS = 17408  # dw's read-modify-write costs 2 % of its products then, a
 DEFERRED_DTYPES = (torch.bfloat16,)
 ONE_STEP_DTYPES, ONE_STEP_TOKENS = (torch.float32,), 5632  # products so slow that it costs less than 1 % even so
 CHUNK_BYTES, SMALL_CHUNK_BYTES = 64 * 2**20, 128 * 2**20
-STEP_BYTES = 18 * 2**20  # of the widest buffer
+STEP_BYTES = 24 * 2**20  # of the widest buffer
 TILE = (128, 256)  # what cuBLAS gives a multiprocessor at a time
 BATCHED_WEIGHT = 512 * 512  # hidden * max(d_state, width)
 BATCHED_BRIDGES = 8
@@ -257,9 +258,11 @@ def bridge_mse_chunked(
         w1, w2, b1 = call.w1[part].to(x.dtype), call.w2[part].to(x.dtype), call.b1[part]
         grads = None if totals is None else _Gradients(totals[part], hidden, d_state, width)
         of_part = None if kept is None else kept[part].flatten(1, 2)
+        matrix = _x_as_matrix(call, part)
+        dw1_at_once = needs_w1 and deferred and matrix is not None
         for start in range(0, tokens, chunk):
             stop = min(start + chunk, tokens)
-            xc = _chunk_x(call, where, part, slice(start, stop))
+            xc = _copy_x(call, where, part, slice(start, stop)) if matrix is None else matrix[:, start:stop]
             hs, rs, dzs = (
                 buffer[: len(w1) * (stop - start) * size].view(len(w1), stop - start, size)
                 for buffer, size in zip(buffers, sizes, strict=True)
@@ -299,8 +302,10 @@ def bridge_mse_chunked(
                     _multiply(dz, w1, dx)
             if needs_w2 and not dz_in_h:
                 _multiply_tokens(rs, hs, grads.w2, start > 0, small)
-            if needs_w1:
+            if needs_w1 and not dw1_at_once:
                 _multiply_tokens(dzs, xc, grads.w1, start > 0, small)
+        if dw1_at_once and tokens > 0:
+            _multiply_tokens(of_part, matrix, grads.w1, False, small)
     if totals is not None and tokens == 0:
         totals.zero_()
     return Partials(squares, counts, db1 if needs_w1 else None, db2 if needs_w2 else None)
@@ -308,7 +313,8 @@ def bridge_mse_chunked(
 
 def make_deferred_dx(dz: torch.Tensor, w1: torch.Tensor, factor: torch.Tensor, dx: torch.Tensor) -> None:
     """Write dx (bridges, batch, length, d_state) from what ``bridge_mse_chunked`` kept, times a factor per bridge."""
-    scaled = (w1 * factor[:, None, None]).to(dz.dtype)
+    scaled = w1.new_empty(w1.shape, dtype=dz.dtype)
+    torch.mul(w1, factor[:, None, None], out=scaled)
     _multiply(dz.flatten(1, 2), scaled, dx.flatten(1, 2))
 
 
@@ -409,14 +415,20 @@ def _launch(kernel, value: torch.Tensor, **arguments: object) -> None:
     )
 
 
-def _chunk_x(call: Call, where: dict[str, object], part: slice, chunk: slice) -> torch.Tensor:
-    """A chunk of some bridges' x: itself where it is a matrix in memory and all of it counts, else a copy."""
+def _x_as_matrix(call: Call, part: slice) -> torch.Tensor | None:
+    """Some bridges' x as (1, tokens, d_state), if it is a matrix in memory and all of it counts."""
     x = call.xs[part.start]
     batch, length, d_state = x.shape
-    bridges, tokens = part.stop - part.start, chunk.stop - chunk.start
     matrix = x.stride(2) == 1 and (batch == 1 or x.stride(0) == length * x.stride(1))
-    if matrix and bridges == 1 and call.mask is None and call.token_index is None:
-        return x.as_strided((1, call.tokens, d_state), (0, x.stride(1), 1))[:, chunk]
+    if matrix and part.stop - part.start == 1 and call.mask is None and call.token_index is None:
+        return x.as_strided((1, call.tokens, d_state), (0, x.stride(1), 1))
+    return None
+
+
+def _copy_x(call: Call, where: dict[str, object], part: slice, chunk: slice) -> torch.Tensor:
+    """A chunk of some bridges' x, with zeros for the tokens that do not count."""
+    x = call.xs[part.start]
+    bridges, tokens, d_state = part.stop - part.start, chunk.stop - chunk.start, x.shape[2]
     out = x.new_empty((bridges, tokens, d_state))
     names = ("mask_ptr", "index_ptr", "tokens", "length", "target_length")
     names += ("stride_mask_bridge", "stride_index_bridge", "HAS_MASK", "HAS_INDEX")
