@@ -66,20 +66,20 @@ def _bridge_reduce_kernel(
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """Sum one block of a bridge's partial gradients over the splits, in order; the last program makes the loss.
+    """Sum one block of a bridge's partial gradients over the splits, in order; the first program makes the loss.
 
     Programs are numbered through the inner and the outer gradients, which end at ``inner_end`` and ``outer_end`` of a
     bridge's row of ``totals``.
     """
     bridge = tl.program_id(1)
-    first = 0
+    first = 1
     if inner_ptr is not None:
         inner_totals = totals_ptr + inner_end - inner_size
         first = _sum(inner_ptr, inner_totals, inner_size, inner_splits, outer_end, first, bridge, BLOCK, BLOCK_SPLITS)
     if outer_ptr is not None:
         outer_totals = totals_ptr + outer_end - outer_size
         first = _sum(outer_ptr, outer_totals, outer_size, outer_splits, outer_end, first, bridge, BLOCK, BLOCK_SPLITS)
-    if tl.program_id(0) == tl.num_programs(0) - 1:
+    if tl.program_id(0) == 0:
         squares = tl.zeros((BLOCK_PARTS,), tl.float64)
         counts = tl.zeros((BLOCK_PARTS,), tl.int64)
         for start in range(0, parts, BLOCK_PARTS):
