@@ -573,6 +573,18 @@ def test_fused_kernels_compile_for_gpus_that_are_not_here(compile_offline):
     assert compile_offline([kernel | {"capabilities": [90]} for kernel in hopper]).count("sm_90") == 2
 
 
+def test_the_outer_kernel_fetches_ahead_what_an_index_points_to(compile_offline):
+    constexprs = {"mask_ptr": None, "mean_ptr": None, "rstd_ptr": None} | dict.fromkeys(FLAGS, False) | BLOCKS
+    constexprs |= {"HAS_INDEX": True, "BLOCK_TOKENS": 64, "STAGES": importlib.import_module(FUSED).OUTER.stages}
+    outer = spec(
+        FUSED, "_bridge_outer_kernel", constexprs | {"stride_x_state": 1, "stride_target_dim": 1}, num_stages=1
+    )
+    aligned = [name for name in outer["signature"] if name not in constexprs and name != "length"]
+    log = compile_offline([outer | {"capabilities": [90], "aligned": aligned}])
+    waits = [int(count) for count in log.rpartition("waits ")[2].split()]
+    assert max(waits) >= 2, waits  # x and the target of the block after this one
+
+
 def test_other_kernels_compile_for_gpus_that_are_not_here(compile_offline):
     log = compile_offline(
         [
