@@ -8,10 +8,12 @@ dtype. For each step, and then once for the chunk:
     dw2 += R^T H     dw1 += dZ^T X
 
 A step is small, so that what one launch leaves is still in the L2 cache when the next one reads it; a chunk is large,
-because each one reads and writes the float32 weight gradients, which accumulate through all chunks.
+because each one reads and writes the float32 weight gradients, which accumulate through all chunks; where dZ is kept
+and x is a matrix, dw1 needs no chunks.
 
-Where dZ is no wider than dX, it is kept in dX's stead, and backward makes dX by a product with the scaled w1: that
-saves a pass over dX, and a rounding. float16 could not hold a w1 that is scaled so.
+Where dZ is no wider than dX, it is kept in dX's stead in bfloat16, and backward makes dX by a product with the scaled
+w1: that saves a pass over dX, and a rounding. float16 could not hold a w1 that is scaled so. float32 saves the memory
+instead: backward scales dX where it lies, Z lies where dX will, and dZ where H did, dw2 being made before it.
 
 Small bridges go several at a time through batched products; cuBLAS gives each matrix of a batch few multiprocessors, so
 the tokens of their weight gradients are split as well. As in the fused kernels, gradients are those of ``squares / 2``,
@@ -41,8 +43,10 @@ from cab_kernels.bridge.matching_kernels import (
 )
 
 CHUNK_TOKENS = 17408  # dw's read-modify-write costs 2 % of its products then, and 6 % in chunks a third as large
+DEFERRED_DTYPES = (torch.bfloat16,)
+ONE_STEP_DTYPES, ONE_STEP_TOKENS = (torch.float32,), 5632  # products so slow that it costs less than 1 % even so
 CHUNK_BYTES, SMALL_CHUNK_BYTES = 64 * 2**20, 128 * 2**20
-STEP_BYTES = 18 * 2**20  # of the widest buffer
+STEP_BYTES = 24 * 2**20  # of the widest buffer
 TILE = (128, 256)  # what cuBLAS gives a multiprocessor at a time
 BATCHED_WEIGHT = 512 * 512  # hidden * max(d_state, width)
 BATCHED_BRIDGES = 8
@@ -224,16 +228,18 @@ def bridge_mse_chunked(
     """
     bridges, hidden, d_state, width = call.sizes
     x, tokens = call.xs[0], call.tokens
-    deferred, small = is_deferred(hidden, d_state, x.dtype), is_small(hidden, d_state, width)
+    walks_back, small = needs_w1 or kept is not None, is_small(hidden, d_state, width)
+    deferred = kept is not None and is_deferred(hidden, d_state, x.dtype)
+    z_in_kept = kept is not None and not deferred and not small and hidden <= d_state
+    dz_in_h = not deferred and is_one_step(x.dtype, small)
     group = min(bridges, BATCHED_BRIDGES) if small else 1
-    walks_back = needs_w1 or kept is not None
-    dz_size = 0 if deferred and kept is not None or not walks_back else hidden
+    dz_size = hidden if walks_back and not deferred and not dz_in_h else 0
     buffers_size = hidden + width + dz_size + (hidden if small else 0)
     chunk, step = choose_chunk(
         tokens,
         group * buffers_size * x.element_size(),
         group * max(hidden, width),
-        x.element_size(),
+        x.dtype,
         processors(x.device),
         small,
     )
@@ -243,7 +249,7 @@ def bridge_mse_chunked(
     db1 = x.new_empty((bridges, parts, hidden), dtype=torch.float32) if walks_back else None
     db2 = x.new_empty((bridges, parts, width), dtype=torch.float32)
     sizes = (hidden, width, dz_size)
-    z_buffer = x.new_empty(group * step * hidden)
+    z_buffer = x.new_empty(0 if z_in_kept else group * step * hidden)
     buffers = [x.new_empty(group * chunk * size) for size in sizes]
     where = matching(call)
     nvidia_bf16 = is_nvidia_bf16(x)
@@ -252,19 +258,24 @@ def bridge_mse_chunked(
         w1, w2, b1 = call.w1[part].to(x.dtype), call.w2[part].to(x.dtype), call.b1[part]
         grads = None if totals is None else _Gradients(totals[part], hidden, d_state, width)
         of_part = None if kept is None else kept[part].flatten(1, 2)
+        matrix = _x_as_matrix(call, part)
+        dw1_at_once = needs_w1 and deferred and matrix is not None
         for start in range(0, tokens, chunk):
             stop = min(start + chunk, tokens)
-            xc = _chunk_x(call, where, part, slice(start, stop))
+            xc = _copy_x(call, where, part, slice(start, stop)) if matrix is None else matrix[:, start:stop]
             hs, rs, dzs = (
                 buffer[: len(w1) * (stop - start) * size].view(len(w1), stop - start, size)
                 for buffer, size in zip(buffers, sizes, strict=True)
             )
-            if deferred and of_part is not None:
+            if deferred:
                 dzs = of_part[:, start:stop]
+            elif dz_in_h:
+                dzs = hs
             for begin in range(0, stop - start, step):
                 now = slice(begin, min(begin + step, stop - start))
                 h, r = hs[:, now], rs[:, now]
-                z = z_buffer[: h.numel()].view(h.shape)
+                dx = None if of_part is None or deferred else of_part[:, start + now.start : start + now.stop]
+                z = (dx.flatten() if z_in_kept else z_buffer)[: h.numel()].view(h.shape)
                 _multiply(xc[:, now], w1.mT, z)
                 _launch(
                     _chunk_silu_kernel, h, z_ptr=z, b1_ptr=b1, h_ptr=h, hidden_size=hidden,
@@ -276,6 +287,8 @@ def bridge_mse_chunked(
                     squares_ptr=squares, counts_ptr=counts, first_bridge=first, first_token=start + begin,
                     bridges=bridges, stride_r_slot=r.stride(0), parts=parts, **where,
                 )  # fmt: skip
+                if needs_w2 and dz_in_h:
+                    _multiply_tokens(r, h, grads.w2, start > 0, small)
                 if not walks_back:
                     continue
                 dz = dzs[:, now]
@@ -285,12 +298,14 @@ def bridge_mse_chunked(
                     first_token=start + begin, hidden_size=hidden, stride_z_slot=z.stride(0),
                     stride_dz_slot=dz.stride(0), parts=parts, NVIDIA_BF16=nvidia_bf16,
                 )  # fmt: skip
-                if of_part is not None and not deferred:
-                    _multiply(dz, w1, of_part[:, start + now.start : start + now.stop])
-            if needs_w2:
+                if dx is not None:
+                    _multiply(dz, w1, dx)
+            if needs_w2 and not dz_in_h:
                 _multiply_tokens(rs, hs, grads.w2, start > 0, small)
-            if needs_w1:
+            if needs_w1 and not dw1_at_once:
                 _multiply_tokens(dzs, xc, grads.w1, start > 0, small)
+        if dw1_at_once and tokens > 0:
+            _multiply_tokens(of_part, matrix, grads.w1, False, small)
     if totals is not None and tokens == 0:
         totals.zero_()
     return Partials(squares, counts, db1 if needs_w1 else None, db2 if needs_w2 else None)
@@ -298,7 +313,8 @@ def bridge_mse_chunked(
 
 def make_deferred_dx(dz: torch.Tensor, w1: torch.Tensor, factor: torch.Tensor, dx: torch.Tensor) -> None:
     """Write dx (bridges, batch, length, d_state) from what ``bridge_mse_chunked`` kept, times a factor per bridge."""
-    scaled = (w1 * factor[:, None, None]).to(dz.dtype)
+    scaled = w1.new_empty(w1.shape, dtype=dz.dtype)
+    torch.mul(w1, factor[:, None, None], out=scaled)
     _multiply(dz.flatten(1, 2), scaled, dx.flatten(1, 2))
 
 
@@ -309,22 +325,31 @@ def is_small(hidden: int, d_state: int, width: int) -> bool:
 
 def is_deferred(hidden: int, d_state: int, compute: torch.dtype) -> bool:
     """Whether backward makes dx."""
-    return hidden <= d_state and compute != torch.float16
+    return hidden <= d_state and compute in DEFERRED_DTYPES
+
+
+def is_one_step(compute: torch.dtype, small: bool) -> bool:
+    """Whether a chunk is one step."""
+    return small or compute in ONE_STEP_DTYPES
 
 
 @functools.lru_cache
 def choose_chunk(
-    tokens: int, token_bytes: int, channels: int, item_size: int, processors: int, small: bool
+    tokens: int, token_bytes: int, channels: int, compute: torch.dtype, processors: int, small: bool
 ) -> tuple[int, int]:
     """Tokens per chunk and per step: steps whose products' tiles take the fewest rounds on the GPU, as few as may be.
 
     Args:
         token_bytes: of the buffers that are as long as a chunk.
         channels: of the widest of them.
-        small: whether so little is done at a time that launches matter most: as few chunks as may be, one step each.
+        small: whether so little is done at a time that launches matter most: as few chunks as may be.
     """
-    most_chunk = min(CHUNK_TOKENS, (SMALL_CHUNK_BYTES if small else CHUNK_BYTES) // token_bytes)
-    most = most_chunk if small else min(most_chunk, STEP_BYTES // (channels * item_size))
+    one_step = is_one_step(compute, small)
+    most_chunk = min(
+        ONE_STEP_TOKENS if one_step and not small else CHUNK_TOKENS,
+        (SMALL_CHUNK_BYTES if small else CHUNK_BYTES) // token_bytes,
+    )
+    most = most_chunk if one_step else min(most_chunk, STEP_BYTES // (channels * compute.itemsize))
     unit = TILE[0] if most >= TILE[0] else BLOCK_ROWS
 
     def rounds_of(step: int) -> int:
@@ -336,7 +361,7 @@ def choose_chunk(
         return (cdiv(tokens, step), rounds) if small else (rounds, cdiv(tokens, step))
 
     step = min(range(unit, max(most, unit) + 1, unit), key=cost)
-    return (step if small else step * max(1, most_chunk // step)), step
+    return (step if one_step else step * max(1, most_chunk // step)), step
 
 
 class _Gradients:
@@ -390,14 +415,20 @@ def _launch(kernel, value: torch.Tensor, **arguments: object) -> None:
     )
 
 
-def _chunk_x(call: Call, where: dict[str, object], part: slice, chunk: slice) -> torch.Tensor:
-    """A chunk of some bridges' x: itself where it is a matrix in memory and all of it counts, else a copy."""
+def _x_as_matrix(call: Call, part: slice) -> torch.Tensor | None:
+    """Some bridges' x as (1, tokens, d_state), if it is a matrix in memory and all of it counts."""
     x = call.xs[part.start]
     batch, length, d_state = x.shape
-    bridges, tokens = part.stop - part.start, chunk.stop - chunk.start
     matrix = x.stride(2) == 1 and (batch == 1 or x.stride(0) == length * x.stride(1))
-    if matrix and bridges == 1 and call.mask is None and call.token_index is None:
-        return x.as_strided((1, call.tokens, d_state), (0, x.stride(1), 1))[:, chunk]
+    if matrix and part.stop - part.start == 1 and call.mask is None and call.token_index is None:
+        return x.as_strided((1, call.tokens, d_state), (0, x.stride(1), 1))
+    return None
+
+
+def _copy_x(call: Call, where: dict[str, object], part: slice, chunk: slice) -> torch.Tensor:
+    """A chunk of some bridges' x, with zeros for the tokens that do not count."""
+    x = call.xs[part.start]
+    bridges, tokens, d_state = part.stop - part.start, chunk.stop - chunk.start, x.shape[2]
     out = x.new_empty((bridges, tokens, d_state))
     names = ("mask_ptr", "index_ptr", "tokens", "length", "target_length")
     names += ("stride_mask_bridge", "stride_index_bridge", "HAS_MASK", "HAS_INDEX")

@@ -17,8 +17,9 @@ A program takes every ``splits``-th block of tokens of one bridge and keeps its 
 to a slice of its own of the kernel's ``partials`` (bridges, splits, numbers), which are summed in a fixed order. The
 programs of bridges that share a target are neighbours, so the target is read from memory once.
 
-Where w2 is small enough (``COLUMN_BLOCKS``), the inner kernel keeps it in shared memory for all of its tokens, and the
-next block's x and target are fetched while this one's are worked on; else it reads w2 again for each block of tokens.
+The outer kernel fetches the next block's x and target while this one's are worked on. Where w2 is small enough
+(``COLUMN_BLOCKS``), the inner kernel keeps it in shared memory for all of its tokens, which leaves room for one block
+of the target; else it reads w2 again for each block of tokens.
 
 Tokens are numbered through the batch. r and dz are rounded to x's dtype only as operands of a product; db1 and db2
 are products with ones, which cost fewer registers than sums over rows. So do b1 and b2 as products, and because these
@@ -50,7 +51,7 @@ from cab_kernels.bridge.matching_kernels import (
 
 
 class Tiling(NamedTuple):
-    """Tokens a block, warps a program, and how many blocks are under way at a time."""
+    """Tokens a block, warps a program, and stages of its loop: with three, the next block is fetched ahead."""
 
     tokens: int
     warps: int
@@ -61,7 +62,7 @@ class Tiling(NamedTuple):
 RESIDENT, STREAMED = Tiling(64, 4, 2), Tiling(128, 8, 1)
 # Eight warps could hold w2's whole gradient, for 1.6 times fewer instructions a token: 2.88 ms against 2.76, of 96
 # bridges of 16-128-192 on an H100, for with so many registers a multiprocessor has room for one program.
-OUTER = Tiling(64, 4, 2)
+OUTER = Tiling(64, 4, 3)
 BLOCK_WIDTH = 64
 MAX_RESIDENT = 3  # blocks of w2
 PARTIAL_BYTES = 64 * 2**20
@@ -423,7 +424,7 @@ def places(device: torch.device, warps: int) -> int:
 
 @functools.lru_cache
 def _pipelines(device: torch.device) -> bool:
-    """Whether w2 stays in shared memory and the next block is fetched ahead: on a Hopper GPU, and interpreted.
+    """Whether w2 stays in shared memory and blocks are fetched ahead: on a Hopper GPU, and interpreted.
 
     For Blackwell, Triton 3.6 cannot compile the prefetch; elsewhere the shared memory may not be there.
     """

@@ -1,9 +1,10 @@
 """The bridge loss on a GPU: which kernels run, the ``torch.library`` op, and its gradients.
 
 Everything is done in the forward pass: the loss and, unscaled, the gradients that will be asked for. Backward makes one
-launch, which multiplies them by ``2 * incoming / (counted tokens * width)`` and casts them; for large bridges whose
-hidden layer is no wider than x it also makes dx, by a last product. So neither the target nor anything wider than x is
-kept. Nothing is scaled in place: a retained graph can be walked again.
+launch, which multiplies them by ``2 * incoming / (counted tokens * width)`` and casts them; for large bridges in
+bfloat16 whose hidden layer is no wider than x it also makes dx, by a last product. So neither the target nor anything
+wider than x is kept. What is kept becomes the gradients of x where it lies, unless the graph is retained and may be
+walked again.
 
 Symbols of arXiv:2510.19266 and ours: phi_B, phi_C = a bridge; B, C = x; K, Q = target.
 """
@@ -65,20 +66,20 @@ def _bridge_reduce_kernel(
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """Sum one block of a bridge's partial gradients over the splits, in order; the last program makes the loss.
+    """Sum one block of a bridge's partial gradients over the splits, in order; the first program makes the loss.
 
     Programs are numbered through the inner and the outer gradients, which end at ``inner_end`` and ``outer_end`` of a
     bridge's row of ``totals``.
     """
     bridge = tl.program_id(1)
-    first = 0
+    first = 1
     if inner_ptr is not None:
         inner_totals = totals_ptr + inner_end - inner_size
         first = _sum(inner_ptr, inner_totals, inner_size, inner_splits, outer_end, first, bridge, BLOCK, BLOCK_SPLITS)
     if outer_ptr is not None:
         outer_totals = totals_ptr + outer_end - outer_size
         first = _sum(outer_ptr, outer_totals, outer_size, outer_splits, outer_end, first, bridge, BLOCK, BLOCK_SPLITS)
-    if tl.program_id(0) == tl.num_programs(0) - 1:
+    if tl.program_id(0) == 0:
         squares = tl.zeros((BLOCK_PARTS,), tl.float64)
         counts = tl.zeros((BLOCK_PARTS,), tl.int64)
         for start in range(0, parts, BLOCK_PARTS):
@@ -253,13 +254,21 @@ def _backward(
     x_dtype: torch.dtype,
     compute: torch.dtype,
     needs: int,
+    retained: bool,
 ) -> list[torch.Tensor]:
-    """The gradients that ``needs`` names, in its order, times the factor and the incoming gradient."""
+    """The gradients that ``needs`` names, in its order, times the factor and the incoming gradient.
+
+    Unless ``retained``, ``kept`` itself may become one of them.
+    """
     bridges, hidden, d_state = w1.shape
-    outs = _empty_gradients(kept, w1, width, x_dtype, compute, needs)
+    deferred = bool(needs & NEEDS_X) and _deferred(w1, compute)
+    in_place = bool(needs & NEEDS_X) and not deferred and not retained and kept.dtype == x_dtype
+    outs = _empty_gradients(kept, w1, width, x_dtype, compute, needs & ~NEEDS_X if in_place else needs)
+    if in_place:
+        outs[0] = kept
     scaled = list(outs)
     with device_of(factor):
-        if needs & NEEDS_X and _deferred(w1, compute):
+        if deferred:
             make_deferred_dx(kept, w1, incoming * factor, scaled[0])
             scaled[0] = None
         sizes = (kept.numel() // bridges, hidden * d_state, hidden, width * hidden, width)
@@ -279,7 +288,19 @@ def _backward(
     return [out for out in outs if out is not None]
 
 
-_backward_op = torch.library.custom_op("cab_kernels::bridge_mse_backward", _backward, mutates_args=())
+@torch.library.custom_op("cab_kernels::bridge_mse_backward", mutates_args=())
+def _backward_op(
+    incoming: torch.Tensor,
+    factor: torch.Tensor,
+    kept: torch.Tensor,
+    totals: torch.Tensor,
+    w1: torch.Tensor,
+    width: int,
+    x_dtype: torch.dtype,
+    compute: torch.dtype,
+    needs: int,
+) -> list[torch.Tensor]:
+    return _backward(incoming, factor, kept, totals, w1, width, x_dtype, compute, needs, retained=True)
 
 
 @_backward_op.register_fake
@@ -325,8 +346,13 @@ class BridgeMSEFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, incoming):
-        backward = _backward_op if torch.compiler.is_compiling() else _backward
-        outs = iter(backward(incoming, *ctx.saved_tensors, ctx.width, ctx.x_dtype, ctx.compute, ctx.needs))
+        arguments = (incoming, *ctx.saved_tensors, ctx.width, ctx.x_dtype, ctx.compute, ctx.needs)
+        if torch.compiler.is_compiling():
+            outs = iter(_backward_op(*arguments))
+        else:
+            # What PyTorch itself asks before a compiled backward gives its buffers away.
+            retained = torch._C._autograd._get_current_graph_task_keep_graph()
+            outs = iter(_backward(*arguments, retained))
         dx, *weights = (
             next(outs) if ctx.needs & bit else None for bit in (NEEDS_X, NEEDS_W1, NEEDS_B1, NEEDS_W2, NEEDS_B2)
         )

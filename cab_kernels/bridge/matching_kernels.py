@@ -45,7 +45,10 @@ def match_tokens(
     if HAS_MASK:
         counted = counted & (tl.load(mask_ptr + bridge * stride_mask_bridge + offs, mask=counted, other=0) != 0)
     if HAS_INDEX:
-        source = tl.load(index_ptr + bridge * stride_index_bridge + token, mask=counted, other=-1).to(tl.int64)
+        # In halves of 32 bits: Triton would fetch anything wider ahead, and what it points to only a stage later.
+        halves = (index_ptr + bridge * stride_index_bridge + token).to(tl.pointer_type(tl.int16), bitcast=True)
+        low = tl.load(halves, mask=counted, other=-1).to(tl.uint16).to(tl.int64)
+        source = tl.load(halves + 1, mask=counted, other=-1).to(tl.int64) * 65536 + low
         penalty = tl.where(source < target_length, 0.0, float("nan"))
         counted = counted & (source >= 0) & (source < target_length)
     return batch, token, source, counted, penalty

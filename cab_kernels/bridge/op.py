@@ -33,8 +33,8 @@ def bridge_mse(
     ``mean((w2 @ silu(w1 @ x + b1) + b2 - target) ** 2)`` over the tokens that count times the target's channels. The
     gradients are made in the forward pass, so ``target`` is not kept for backward and, where the sizes allow (16-bit
     floats, ``hidden`` up to 128), neither the hidden layer nor the prediction is ever written to memory; larger
-    bridges go through buffers of a few thousand tokens, and where ``hidden`` is at most ``d_state`` they keep the
-    gradient of that layer for backward in the place of x's.
+    bridges go through buffers of a few thousand tokens, and in bfloat16, where ``hidden`` is at most ``d_state``, they
+    keep the gradient of that layer for backward in the place of x's.
 
     Args:
         x: (tokens, d_state) or (batch, length, d_state), with any strides: a slice of a packed projection, or a

@@ -4,11 +4,14 @@
 
 SPEC.json is a list of {"module", "kernel", "signature", "constexprs", "options"}, as Triton's ``ASTSource`` takes them;
 each is compiled for its "capabilities", or all of ``CAPABILITIES``, and a line is printed for each that compiled.
+Arguments that are "aligned" are multiples of 16, as most are when launched. A line ends with how many later fetches may
+still be under way at each of the kernel's waits for memory that is fetched ahead.
 """
 
 import importlib
 import json
 import os
+import re
 import sys
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -20,12 +23,18 @@ from triton.compiler import ASTSource
 CAPABILITIES = (80, 90, 100)
 
 
-def compile_kernel(spec: dict, capability: int) -> None:
+def compile_kernel(spec: dict, capability: int) -> list[str]:
     kernel = getattr(importlib.import_module(spec["module"]), spec["kernel"])
     types = {name: tuple(kind) if isinstance(kind, list) else kind for name, kind in spec["signature"].items()}
     signature = {name: "constexpr" if name in spec["constexprs"] else types[name] for name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=spec["constexprs"])
-    triton.compile(source, target=GPUTarget("cuda", capability, 32), options=spec["options"])
+    attrs = {}
+    for at, name in enumerate(kernel.arg_names):
+        if name in spec.get("aligned", ()):
+            paths = [(at, i) for i in range(len(types[name]))] if isinstance(types[name], tuple) else [(at,)]
+            attrs |= {path: [["tt.divisibility", 16]] for path in paths}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=spec["constexprs"], attrs=attrs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=spec["options"])
+    return re.findall(r"async_wait .*?num = (\d+)", compiled.asm["ttgir"])
 
 
 def main() -> None:
@@ -33,8 +42,8 @@ def main() -> None:
         specs = json.load(file)
     for spec in specs:
         for capability in spec.get("capabilities", CAPABILITIES):
-            compile_kernel(spec, capability)
-            print(f"{spec['module']}:{spec['kernel']} sm_{capability} {spec['constexprs']}")
+            waits = compile_kernel(spec, capability)
+            print(f"{spec['module']}:{spec['kernel']} sm_{capability} {spec['constexprs']} waits {' '.join(waits)}")
 
 
 if __name__ == "__main__":

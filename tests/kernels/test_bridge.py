@@ -1,4 +1,6 @@
+import functools
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,19 +180,23 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=["fused", "chunked", "chunked in steps"])
+@pytest.fixture(params=["fused", "chunked, small", "chunked, float32", "chunked, bfloat16"])
 def path(request, monkeypatch, device):
-    """Run float32 bridges, all that the interpreter can do, on chip or in small chunks, as small bridges or large."""
-    if request.param == "fused" and device == "cuda":
+    """Run float32 bridges, all that the interpreter can do, each of the ways that bridges go, in small chunks."""
+    way = request.param
+    if way == "fused" and device == "cuda":
         pytest.skip("a GPU runs float32 in chunks only; TestOnGPU has the rest")
     kernels, chunked = importlib.import_module(KERNELS), importlib.import_module(CHUNKED)
-    monkeypatch.setattr(kernels, "FUSED_DTYPES", (torch.float32,) if request.param == "fused" else ())
-    steps = request.param == "chunked in steps"
-    monkeypatch.setattr(chunked, "CHUNK_TOKENS", 128 if steps else 64)
-    if steps:
+    monkeypatch.setattr(kernels, "FUSED_DTYPES", (torch.float32,) if way == "fused" else ())
+    monkeypatch.setattr(chunked, "CHUNK_TOKENS", 64 if way == "chunked, small" else 128)
+    monkeypatch.setattr(chunked, "ONE_STEP_TOKENS", 128)
+    monkeypatch.setattr(chunked, "STEP_BYTES", 0)
+    if way != "chunked, small":
         monkeypatch.setattr(chunked, "BATCHED_WEIGHT", 0)
-        monkeypatch.setattr(chunked, "STEP_BYTES", 0)
-    return request.param
+    if way == "chunked, bfloat16":
+        monkeypatch.setattr(chunked, "DEFERRED_DTYPES", (torch.float32,))
+        monkeypatch.setattr(chunked, "ONE_STEP_DTYPES", ())
+    return way
 
 
 def run(function, inputs, *arguments, incoming=None, **options):
@@ -335,8 +341,20 @@ class TestKernels:
         kept, totals = torch.randn(1, 2, 70, 20, device=device), torch.zeros(0, device=device)
         incoming, factor, w1 = torch.ones(1, device=device), torch.tensor([0.5], device=device), torch.ones(1, 12, 20)
         given = (incoming, factor, kept, totals, w1.to(device), 9, torch.float16, torch.float16, kernels.NEEDS_X)
-        (dx,) = kernels._backward(*given)
+        (dx,) = kernels._backward(*given, retained=False)
         assert torch.equal(dx, (0.5 * kept).half())
+
+    def test_the_last_walk_of_a_graph_needs_no_second_place_for_dx(self, path, device):
+        *inputs, target = make(dtype=torch.float32, device=device, hidden=4, length=200)
+        x = inputs[0].requires_grad_()
+        loss = bridge_mse(*inputs, target, backend="triton")
+        function, _ = loss.grad_fn.next_functions[0]
+        places = {value.untyped_storage().data_ptr() for value in function.saved_tensors}
+        (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+        (last,) = torch.autograd.grad(loss, x)
+        assert first.untyped_storage().data_ptr() not in places
+        assert (last.untyped_storage().data_ptr() in places) == (path != "chunked, bfloat16")
+        assert torch.equal(first, last)
 
     @pytest.mark.parametrize("channels_first", [False, True], ids=["channels last", "channels first"])
     def test_ops_are_what_they_declare(self, channels_first, device):
@@ -351,6 +369,18 @@ class TestKernels:
         torch.library.opcheck(torch.ops.cab_kernels.bridge_mse_backward.default, (loss, *saved, *sizes, 31))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.float32, 1.225), (torch.bfloat16, 0.695)], ids=["float32", "bfloat16"]
+)
+def test_memory_is_gradients_and_little_else(dtype, most, monkeypatch):
+    """GiB, of twelve bridges of 768: in float32 1.125 for dx and 0.053 for the weights' gradients."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
+    memory = importlib.import_module("memory_vs_fullmatrix")
+    size = memory.GPT2
+    layer = functools.partial(memory.bridge_layer, size, 32, 1024, dtype, "cpu", memory.our_bridge)
+    assert memory.peak(layer, size.layers, "cpu") <= most * 2**30
+
+
 def test_splits_fill_the_gpu():
     choose = importlib.import_module(FUSED).choose_splits
     assert choose(4, 394, 264, 1000) == 66  # one round of programs, 6 blocks each
@@ -361,10 +391,12 @@ def test_splits_fill_the_gpu():
 
 def test_chunks_are_full_rounds_of_tiles():
     choose = importlib.import_module(CHUNKED).choose_chunk
-    assert choose(32768, 2 * 768 * 2, 768, 2, 132, False) == (11008, 11008)  # 86 * 3 tiles of 128 x 256: two rounds
-    assert choose(8192, 2 * 2048 * 2, 2048, 2, 132, False) == (8192, 4096)
-    assert choose(25216, 4 * (3 * 128 + 192) * 4, 4 * 192, 4, 132, True) == (13952, 13952)  # as few as may be
-    assert choose(0, 100, 16, 2, 132, False) == (17408, 128)
+    half, single = torch.bfloat16, torch.float32
+    assert choose(32768, 2 * 768 * 2, 768, half, 132, False) == (16384, 16384)  # 128 * 3 tiles of 128 x 256: 3 rounds
+    assert choose(8192, 2 * 2048 * 2, 2048, half, 132, False) == (8192, 4096)
+    assert choose(25216, 4 * (3 * 128 + 192) * 4, 4 * 192, single, 132, True) == (13952, 13952)  # as few as may be
+    assert choose(32768, 2 * 768 * 4, 768, single, 132, False) == (5504, 5504)  # 43 * 3 tiles: one round
+    assert choose(0, 100, 16, half, 132, False) == (17408, 128)
 
 
 def eager(x, w1, b1, w2, b2, target):
@@ -536,9 +568,21 @@ def test_fused_kernels_compile_for_gpus_that_are_not_here(compile_offline):
     # As a Hopper GPU runs them, with the next block fetched ahead.
     hopper = [
         spec(FUSED, "_bridge_inner_kernel", nothing | resident | gradients | {"STAGES": 2}, num_warps=4, num_stages=1),
-        spec(FUSED, "_bridge_outer_kernel", nothing | outer | {"STAGES": 2}, num_warps=4, num_stages=1),
+        spec(FUSED, "_bridge_outer_kernel", nothing | outer | {"STAGES": 3}, num_warps=4, num_stages=1),
     ]
     assert compile_offline([kernel | {"capabilities": [90]} for kernel in hopper]).count("sm_90") == 2
+
+
+def test_the_outer_kernel_fetches_ahead_what_an_index_points_to(compile_offline):
+    constexprs = {"mask_ptr": None, "mean_ptr": None, "rstd_ptr": None} | dict.fromkeys(FLAGS, False) | BLOCKS
+    constexprs |= {"HAS_INDEX": True, "BLOCK_TOKENS": 64, "STAGES": importlib.import_module(FUSED).OUTER.stages}
+    outer = spec(
+        FUSED, "_bridge_outer_kernel", constexprs | {"stride_x_state": 1, "stride_target_dim": 1}, num_stages=1
+    )
+    aligned = [name for name in outer["signature"] if name not in constexprs and name != "length"]
+    log = compile_offline([outer | {"capabilities": [90], "aligned": aligned}])
+    waits = [int(count) for count in log.rpartition("waits ")[2].split()]
+    assert max(waits) >= 2, waits  # x and the target of the block after this one
 
 
 def test_other_kernels_compile_for_gpus_that_are_not_here(compile_offline):
