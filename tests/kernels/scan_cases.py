@@ -43,7 +43,8 @@ CASES: dict[str, tuple[dict, dict]] = {
         {"batch": 1, "dim": 16, "dstate": 16, "length": 16, "optional": ALL},
         {"delta_softplus": True, "reverse": True},
     ),
-    "many-states": ({"batch": 1, "dim": 5, "dstate": 256, "length": 2, "optional": ALL}, {}),
+    "whole-blocks-odd-steps": ({"batch": 1, "dim": 16, "dstate": 16, "length": 3}, {"delta_softplus": True}),
+    "many-states": ({"batch": 1, "dim": 3, "dstate": 256, "length": 8, "optional": ALL}, {}),
 }
 
 
