@@ -368,7 +368,9 @@ class Config(Section):
         "auto", "auto (bfloat16 on a GPU), float32 or bfloat16", choices=("auto", "float32", "bfloat16")
     )
     graph: bool = _option(
-        True, "on a GPU, replay forward and backward pass as one CUDA graph; not where models are sharded"
+        True,
+        "on a GPU, replay forward and backward pass as one CUDA graph; not where models are sharded, or where several "
+        "processes standardise their targets together",
     )
     shard: bool = _option(
         False,

@@ -394,7 +394,9 @@ def _share(batch: int) -> int:
 
 
 def _replays(config: RunConfig, device: torch.device) -> bool:
-    return config.graph and device.type == "cuda"
+    """Whether forward and backward are one CUDA graph; it must hold no exchange between processes."""
+    exchanges = processes.count() > 1 and config.bridge.targets == "standardised"
+    return config.graph and device.type == "cuda" and not exchanges
 
 
 def _arguments(config: RunConfig, folder: Path, aligns: bool) -> TrainingArguments:

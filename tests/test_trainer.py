@@ -17,7 +17,7 @@ from cab.callbacks import METRICS, read_metrics
 from cab.config import Config, UserError
 from cab.data.vision import Digits, Splits, load
 from cab.settings import of_arm, resolve
-from cab.trainer import TaskTrainer
+from cab.trainer import TaskTrainer, _replays
 
 TINY = [
     "device=cpu",
@@ -197,6 +197,15 @@ def test_a_graphed_step_takes_the_place_of_forward_and_backward(splits: Splits, 
     made.run()
     assert len(calls) == 12
     assert figures(tmp_path / "graphed") == figures(tmp_path / "eager")
+
+
+def test_a_graph_holds_no_exchange_between_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = [tiny("cab", *words) for words in ([], ["bridge.targets=standardised"], ["graph=false"])]
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [_replays(config, cuda) for config in configs] == [True, True, False]
+    assert [_replays(config, cpu) for config in configs] == [False, False, False]
+    monkeypatch.setattr("cab.processes.count", lambda: 2)
+    assert [_replays(config, cuda) for config in configs] == [True, False, False]
 
 
 @pytest.mark.gpu

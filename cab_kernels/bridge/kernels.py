@@ -24,7 +24,7 @@ from cab_kernels.bridge.matching_kernels import Call, Partials, cdiv, gradient_s
 
 NEEDS_X, NEEDS_W1, NEEDS_B1, NEEDS_W2, NEEDS_B2 = 1, 2, 4, 8, 16
 FUSED_DTYPES = (torch.bfloat16, torch.float16)  # float32 operands would double every register; cuBLAS does them
-BLOCK, REDUCE_BLOCK, REDUCE_SPLITS = 1024, 128, 64
+BLOCK, REDUCE_BLOCK, REDUCE_SPLITS = 4096, 128, 32
 
 
 @triton.jit

@@ -96,7 +96,6 @@ def _selective_scan_bwd_kernel(
     SOFTPLUS: tl.constexpr,
     S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
     ORDERS: tl.constexpr, SPAN: tl.constexpr, SPLIT: tl.constexpr, PAD: tl.constexpr,
-    FULL: tl.constexpr,
     BOTH: tl.constexpr, SECOND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Owns a span of a block of channels of a sequence, or all of its steps unless SPLIT; walks them back.
@@ -133,7 +132,7 @@ def _selective_scan_bwd_kernel(
     mask = own < edge
     row = tl.where(mask, own - skip, 0)
     part = lane % S // R * STEPS
-    limit = None if FULL else tl.where(mask & (lane % S < R * PARTS), end, 0)
+    limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
     state = states_of(lane, S, NT, ORDERS)
     A_ptr = one_of(A_ptr, second, BOTH)
     A = load_rates(A_ptr, base - skip, edge - skip, dstate, lane, state, S, R, NT, NATIVE)
@@ -239,7 +238,7 @@ def _selective_scan_bwd_kernel(
         dtu = ()
         dy = ()
         for i in tl.static_range(STEPS):
-            d = step_size(x[i], bias, now + i, limit, SOFTPLUS, NATIVE)
+            d = step_size(x[i], bias, now + i < limit, SOFTPLUS, NATIVE)
             dt = dt + (d,)
             dtu = dtu + (d * u[i],)
             g = dout[i]
@@ -375,8 +374,7 @@ def _selective_scan_bwd_kernel(
             g = from_exponent(dexps[i], NATIVE) + dxs[i] * u[i]
             if SOFTPLUS:
                 g *= sigmoid(x[i] + bias, NATIVE)
-            if not FULL:
-                g = tl.where(now + i < limit, g, 0.0)
+            g = tl.where(now + i < limit, g, 0.0)
             dbias += g
             ddeltas = ddeltas + (g,)
         if du_ptr is not None:

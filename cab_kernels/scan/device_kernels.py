@@ -164,44 +164,33 @@ def stack(parts, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _tile(row, first, STRIDE: tl.constexpr, STEPS: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointers to STEPS neighbouring numbers a lane, in the order of memory."""
+def _tile(row, first, count, STRIDE: tl.constexpr, STEPS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointers to STEPS neighbouring numbers a lane, in the order of memory, and which of them are steps."""
     offs = tl.arange(0, STEPS)[None, None, :]
     if STRIDE == 1:
-        at = row[:, :, None] + (first[:, :, None] + offs)
+        steps = first[:, :, None] + offs
+        at = row[:, :, None] + steps
     else:
+        steps = first[:, :, None] + (STEPS - 1 - offs)
         at = row[:, :, None] - (first[:, :, None] + (STEPS - 1)) + offs
     if ALIGNED:
         at = tl.max_contiguous(
             tl.multiple_of(at, [1, 1, STEPS * row.dtype.element_ty.primitive_bitwidth // 8]), [1, 1, STEPS]
         )
-    return at
-
-
-@triton.jit
-def _inside(first, count, STRIDE: tl.constexpr, STEPS: tl.constexpr, ALIGNED: tl.constexpr):
-    """Which of them are steps before ``count``."""
-    if ALIGNED:
-        return (first < count)[:, :, None]
+        mask = (first < count)[:, :, None]
     else:
-        offs = tl.arange(0, STEPS)[None, None, :]
-        steps = first[:, :, None] + (offs if STRIDE == 1 else STEPS - 1 - offs)
-        return steps < count[:, :, None]
+        mask = steps < count[:, :, None]
+    return at, mask
 
 
 @triton.jit
 def load_one(at, mask, NATIVE: tl.constexpr):
-    """One number a lane, zero where the mask is not set; every lane has one if it is None.
+    """One number a lane, zero where the mask is not set.
 
     The compiler's pass over ``tl.load`` and ``tl.store`` takes time that grows with their number times the kernel's
     size: half a minute here. It does not look into assembly.
     """
-    if NATIVE and mask is None:
-        BITS: tl.constexpr = at.dtype.element_ty.primitive_bitwidth
-        return tl.inline_asm_elementwise(
-            f"ld.global.nc.b{BITS} $0, [$1];", "=h,l" if BITS == 16 else "=r,l", [at], at.dtype.element_ty, True, 1
-        )
-    elif NATIVE and at.dtype.element_ty.primitive_bitwidth == 16:
+    if NATIVE and at.dtype.element_ty.primitive_bitwidth == 16:
         return tl.inline_asm_elementwise(
             "{.reg .pred p; setp.ne.s32 p, $2, 0; mov.b16 $0, 0; @p ld.global.nc.b16 $0, [$1];}",
             "=h,l,r", [at, mask.to(tl.int32)], at.dtype.element_ty, True, 1,
@@ -211,8 +200,6 @@ def load_one(at, mask, NATIVE: tl.constexpr):
             "{.reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [$1];}",
             "=r,l,r", [at, mask.to(tl.int32)], at.dtype.element_ty, True, 1,
         )  # fmt: skip
-    elif mask is None:
-        return tl.load(at)
     else:
         return tl.load(at, mask=mask, other=0.0)
 
@@ -220,13 +207,7 @@ def load_one(at, mask, NATIVE: tl.constexpr):
 @triton.jit
 def store_one(at, value, mask, NATIVE: tl.constexpr):
     value = value.to(at.dtype.element_ty)
-    if NATIVE and mask is None:
-        BITS: tl.constexpr = at.dtype.element_ty.primitive_bitwidth
-        tl.inline_asm_elementwise(
-            f"st.global.b{BITS} [$1], $2; mov.b32 $0, 0;",
-            "=r,l,h" if BITS == 16 else "=r,l,r", [at.to(tl.int64), value], tl.int32, False, 1,
-        )  # fmt: skip
-    elif NATIVE and at.dtype.element_ty.primitive_bitwidth == 16:
+    if NATIVE and at.dtype.element_ty.primitive_bitwidth == 16:
         tl.inline_asm_elementwise(
             "{.reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b16 [$1], $2; mov.b32 $0, 0;}",
             "=r,l,h,r", [at.to(tl.int64), value, mask.to(tl.int32)], tl.int32, False, 1,
@@ -375,8 +356,6 @@ def load_steps(
 ):
     """STEPS steps from ``first`` on of each lane's row, zero from step ``count`` on: as loaded, see ``take_steps``.
 
-    Without a count, there are as many steps as are asked for.
-
     LAYOUT 0: channels lie side by side in memory, so lanes coalesce step by step. LAYOUT 1: steps lie side by side, and
     go through shared memory. LAYOUT 2: they are aligned too, and each lane loads its own 8 or 16 bytes.
 
@@ -384,21 +363,14 @@ def load_steps(
     STEPS steps, see ``row_of``: so distances within them are constants in either direction.
     """
     if LAYOUT > 0:
-        at = _tile(row, first, STRIDE, STEPS, LAYOUT == 2)
-        if count is None:
-            return tl.load(at)
-        else:
-            return tl.load(at, mask=_inside(first, count, STRIDE, STEPS, LAYOUT == 2), other=0.0)
+        at, mask = _tile(row, first, count, STRIDE, STEPS, LAYOUT == 2)
+        return tl.load(at, mask=mask, other=0.0)
     else:
         values = ()
         start = row + first.to(tl.int64) * tl.where(second, -STRIDE, STRIDE)
         for i in tl.static_range(STEPS):
-            at = start + i * STRIDE
-            if count is None:
-                values = values + (load_one(at, None, NATIVE),)
-            else:
-                step = first + tl.where(second, STEPS - 1 - i, i)
-                values = values + (load_one(at, step < count, NATIVE),)
+            step = first + tl.where(second, STEPS - 1 - i, i)
+            values = values + (load_one(start + i * STRIDE, step < count, NATIVE),)
         return values
 
 
@@ -430,18 +402,10 @@ def store_steps(
     """Store a lane's STEPS values to its row, those before step ``count``; see ``load_steps``."""
     values = _in_order(values, second, STRIDE, STEPS, LAYOUT, BOTH)
     if LAYOUT > 0:
-        at = _tile(row, first, STRIDE, STEPS, LAYOUT == 2)
-        values = stack(values, STEPS).to(row.dtype.element_ty)
-        if count is None:
-            tl.store(at, values)
-        else:
-            tl.store(at, values, mask=_inside(first, count, STRIDE, STEPS, LAYOUT == 2))
+        at, mask = _tile(row, first, count, STRIDE, STEPS, LAYOUT == 2)
+        tl.store(at, stack(values, STEPS).to(row.dtype.element_ty), mask=mask)
     else:
         start = row + first.to(tl.int64) * tl.where(second, -STRIDE, STRIDE)
         for i in tl.static_range(STEPS):
-            at = start + i * STRIDE
-            if count is None:
-                store_one(at, values[i], None, NATIVE)
-            else:
-                step = first + tl.where(second, STEPS - 1 - i, i)
-                store_one(at, values[i], step < count, NATIVE)
+            step = first + tl.where(second, STEPS - 1 - i, i)
+            store_one(start + i * STRIDE, values[i], step < count, NATIVE)

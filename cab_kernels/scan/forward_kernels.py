@@ -191,24 +191,12 @@ def store_matrix(
 
 
 @triton.jit
-def step_size(x, bias, step, limit, SOFTPLUS: tl.constexpr, NATIVE: tl.constexpr):
-    """delta', zero from step ``limit`` on, if there is one: such a step changes no state."""
+def step_size(x, bias, valid, SOFTPLUS: tl.constexpr, NATIVE: tl.constexpr):
+    """delta', zero where there is no step: such a step changes no state."""
     x += bias
     if SOFTPLUS:
         x = softplus(x, NATIVE)
-    if limit is None:
-        return x
-    else:
-        return tl.where(step < limit, x, 0.0)
-
-
-@triton.jit
-def next_steps(now, end, T: tl.constexpr, FULL: tl.constexpr):
-    """Where a lane's steps begin in the next iteration, or, if all are FULL and there is none, in this one again."""
-    if FULL:
-        return tl.minimum(now + T, end - T)
-    else:
-        return now + T
+    return tl.where(valid, x, 0.0)
 
 
 @triton.jit
@@ -229,7 +217,7 @@ def _selective_scan_fwd_kernel(
     LAYOUT_OUT: tl.constexpr,
     SOFTPLUS: tl.constexpr, SPLIT: tl.constexpr,
     S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
-    SPAN: tl.constexpr, PAD: tl.constexpr, AHEAD: tl.constexpr, FULL: tl.constexpr,
+    SPAN: tl.constexpr, PAD: tl.constexpr, AHEAD: tl.constexpr,
     BOTH: tl.constexpr, SECOND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Owns a block of channels of a sequence, or of one chunk of it if SPLIT.
@@ -261,7 +249,7 @@ def _selective_scan_fwd_kernel(
     mask = own < edge
     row = tl.where(mask, own - skip, 0)
     part = lane % S // R * STEPS
-    limit = None if FULL else tl.where(mask & (lane % S < R * PARTS), end, 0)
+    limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
     states = states_of(lane, S, NT, 1)
     A_ptr = one_of(A_ptr, second, BOTH)
     A = load_rates(A_ptr, base - skip, edge - skip, dstate, lane, states, S, R, NT, NATIVE)
@@ -325,18 +313,17 @@ def _selective_scan_fwd_kernel(
                 store_numbers(at, values, channel < edge, NT, NATIVE)
         for t in range(span, min(span + SPAN, end), T):
             now = part + t
-            then = next_steps(now, part + end, T, FULL)
             u = take_steps(next_u, second, STRIDE_U, STEPS, LAYOUT_U, BOTH)
             x = take_steps(next_delta, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH)
-            next_u = load_steps(u_row, then, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
-            next_delta = load_steps(delta_row, then, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
+            next_u = load_steps(u_row, now + T, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
+            next_delta = load_steps(delta_row, now + T, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
             if z_ptr is not None:
                 z = take_steps(next_z, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH)
-                next_z = load_steps(z_row, then, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
+                next_z = load_steps(z_row, now + T, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
             if before_ptr is not None:
                 before = take_steps(next_before, second, STRIDE_BEFORE, STEPS, LAYOUT_BEFORE, BOTH)
                 next_before = load_steps(
-                    before_row, then, limit, second, STRIDE_BEFORE, STEPS, LAYOUT_BEFORE, BOTH, NATIVE
+                    before_row, now + T, limit, second, STRIDE_BEFORE, STEPS, LAYOUT_BEFORE, BOTH, NATIVE
                 )
             if AHEAD:
                 this_B = next_B
@@ -351,7 +338,7 @@ def _selective_scan_fwd_kernel(
             dt = ()
             dtu = ()
             for i in tl.static_range(STEPS):
-                d = step_size(x[i], bias, now + i, limit, SOFTPLUS, NATIVE)
+                d = step_size(x[i], bias, now + i < limit, SOFTPLUS, NATIVE)
                 dt = dt + (d,)
                 dtu = dtu + (d * u[i],)
             ys = ()

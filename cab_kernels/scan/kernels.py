@@ -162,8 +162,6 @@ class _Call:
         }
 
     def shared(self, tiling: Tiling, turn: int | None = None) -> dict[str, object]:
-        steps, channels = self.length % tiling.steps, self.dim // self.groups % tiling.channels
-        lanes = tiling.S == tiling.R * tiling.PARTS
         return {
             "cu_seqlens_ptr": self.cu_seqlens,
             "length": self.length,
@@ -174,7 +172,6 @@ class _Call:
             "sequences": self.sequences,
             "SOFTPLUS": self.softplus,
             "PAD": PAD,
-            "FULL": self.cu_seqlens is None and lanes and not steps and not channels,
             "BOTH": self.both and turn is None,
             "SECOND": turn == 1,
             "NATIVE": self.native,

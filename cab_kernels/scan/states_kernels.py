@@ -30,7 +30,6 @@ from cab_kernels.scan.forward_kernels import (
     direction_of,
     load_matrix,
     load_rates,
-    next_steps,
     one_of,
     row_of,
     sequence_of,
@@ -52,7 +51,7 @@ def _sweep_kernel(
     LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_DOUT: tl.constexpr,
     SOFTPLUS: tl.constexpr, LOCAL: tl.constexpr, ADJOINT: tl.constexpr,
     S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
-    ORDERS: tl.constexpr, EVERY: tl.constexpr, PAD: tl.constexpr, FULL: tl.constexpr,
+    ORDERS: tl.constexpr, EVERY: tl.constexpr, PAD: tl.constexpr,
     BOTH: tl.constexpr, SECOND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Owns a span of ``size`` steps of a block of channels of a sequence; shared out like the forward kernel.
@@ -75,7 +74,7 @@ def _sweep_kernel(
     mask = own < edge
     row = tl.where(mask, own - skip, 0)
     part = lane % S // R * STEPS
-    limit = None if FULL else tl.where(mask & (lane % S < R * PARTS), end, 0)
+    limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
     slot = first // size + sequence + span
     states = states_of(lane, S, NT, 1)
     A_ptr = one_of(A_ptr, second, BOTH)
@@ -120,17 +119,16 @@ def _sweep_kernel(
             next_z = load_steps(z_row, part + begin, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
     for t in range(begin, end, T):
         now = part + t
-        then = next_steps(now, part + end, T, FULL)
         u = take_steps(next_u, second, STRIDE_U, STEPS, LAYOUT_U, BOTH)
         x = take_steps(next_delta, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH)
-        next_u = load_steps(u_row, then, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
-        next_delta = load_steps(delta_row, then, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
+        next_u = load_steps(u_row, now + T, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
+        next_delta = load_steps(delta_row, now + T, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
         if ADJOINT:
             dout = take_steps(next_dout, second, STRIDE_DOUT, STEPS, LAYOUT_DOUT, BOTH)
-            next_dout = load_steps(dout_row, then, limit, second, STRIDE_DOUT, STEPS, LAYOUT_DOUT, BOTH, NATIVE)
+            next_dout = load_steps(dout_row, now + T, limit, second, STRIDE_DOUT, STEPS, LAYOUT_DOUT, BOTH, NATIVE)
             if z_ptr is not None:
                 z = take_steps(next_z, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH)
-                next_z = load_steps(z_row, then, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
+                next_z = load_steps(z_row, now + T, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
         if NATIVE:
             kept = let_go(kept, touched, TOUCHED)
             touched = touch_rows(rows + T * WIDTH, lane, T, WIDTH, N)
@@ -139,7 +137,7 @@ def _sweep_kernel(
         dtu = ()
         dy = ()
         for i in tl.static_range(STEPS):
-            d = step_size(x[i], bias, now + i, limit, SOFTPLUS, NATIVE)
+            d = step_size(x[i], bias, now + i < limit, SOFTPLUS, NATIVE)
             elapsed += d
             dt = dt + (d,)
             dtu = dtu + (d * u[i],)

@@ -175,6 +175,7 @@ class TestKernels:
 
     @pytest.mark.parametrize("flat", [False, True], ids=["heads", "flat"])
     def test_op_is_what_it_declares(self, flat, device):
+        pytest.importorskip("cab_kernels.qk.kernels")  # registers it
         source, weight, (cos, sin) = draw(0, 2, 9, 48, device=device), draw(1, 4, device=device), tables(9, 1, device)
         arguments = (source, None, None, 16, 2, 4, 2, 1, weight, None, 1e-6, cos, sin, False, None, flat)
         torch.library.opcheck(torch.ops.cab_kernels.extract_heads.default, arguments)

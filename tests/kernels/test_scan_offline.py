@@ -34,7 +34,7 @@ def spec(
     values |= dict.fromkeys(("B_BY_STEP", "dB_BY_STEP"), options_on) | dict.fromkeys(("C_BY_STEP", "dC_BY_STEP"), False)
     values |= dict.fromkeys(("SOFTPLUS", "SPLIT", "ADJOINT", "BACKWARD"), options_on)
     values |= {"REVERSE": options_on and not both}
-    values |= dict.fromkeys(("LOCAL", "AHEAD", "FULL"), not options_on)
+    values |= dict.fromkeys(("LOCAL", "AHEAD"), not options_on)
     values |= {"BOTH": both, "SECOND": options_on and not both}
     for name in ACTIVATIONS:
         values[f"LAYOUT_{name.upper()}"] = layout
