@@ -69,9 +69,10 @@ def bidirectional_selective_scan_fn(
         selective_scan_fn(u[0], delta[0], A[0], B[0], C[0], D[0], z, delta_bias[0], delta_softplus)
             + selective_scan_fn(u[1], delta[1], A[1], B[1], C[1], D[1], z, delta_bias[1], delta_softplus, reverse=True)
 
-    in the launches of one scan, forward and backward. What both directions of a sequence read of the gate, they read
-    side by side, from memory once. Each result is rounded before they are added. Of a pair, the first scans from the
-    first step to the last and the second the other way; all tensors keep the natural order of the steps.
+    in the launches of one scan, forward and backward, where what both directions of a sequence read of the gate is read
+    from memory once; or, where either direction fills a GPU by itself, one after the other, which is faster then. The
+    result of the first is rounded before that of the second is added. Of a pair, the first scans from the first step to
+    the last and the second the other way; all tensors keep the natural order of the steps.
 
     Args:
         u, delta: pairs of (batch, dim, length). Stored as (batch, length, dim) they are read in place, as is z; stored

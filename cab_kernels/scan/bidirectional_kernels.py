@@ -1,4 +1,4 @@
-"""The bidirectional scan on the kernels: an op that differentiates and compiles, of one launch for both directions."""
+"""The bidirectional scan on the kernels: an op that differentiates and compiles."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from cab_kernels.scan.kernels import new_gradients, new_results, selective_scan_
 
 
 def _by_channel(tensor: Tensor) -> Tensor:
-    """The activation with channels side by side in memory, as the launch of both directions reads it."""
+    """The activation with channels side by side in memory, as launches of both directions read it."""
     by_step = tensor.stride(2) == 1 and tensor.stride(1) != 1
     return tensor.mT.contiguous().mT if by_step else tensor
 
