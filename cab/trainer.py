@@ -426,7 +426,6 @@ def _arguments(config: RunConfig, folder: Path, aligns: bool) -> TrainingArgumen
         eval_steps=config.eval_every,
         save_steps=config.save_every,
         dataloader_num_workers=workers,
-        dataloader_persistent_workers=workers > 0,
         dataloader_pin_memory=on_gpu,
         accelerator_config={"non_blocking": on_gpu},  # a copy that waits would wait for the step before it, too
         ddp_backend="gloo" if processes.count() > 1 and not on_gpu else None,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import re
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,13 @@ def test_a_graphed_step_takes_the_place_of_forward_and_backward(splits: Splits, 
     made.run()
     assert len(calls) == 12
     assert figures(tmp_path / "graphed") == figures(tmp_path / "eager")
+
+
+def test_processes_that_load_end_with_the_run(splits: Splits, tmp_path: Path) -> None:
+    """Left to the garbage collector, they would not hear that they are to end: it waits five seconds for each."""
+    made = trainer(tiny("ce", "data.workers=1"), splits, tmp_path)
+    made.run()
+    assert not multiprocessing.active_children()
 
 
 def test_a_graph_holds_no_exchange_between_processes(monkeypatch: pytest.MonkeyPatch) -> None:
