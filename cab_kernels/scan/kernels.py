@@ -61,8 +61,8 @@ TILINGS = {
     128: Tiling(32, 2, 4, 1, 8),
     256: Tiling(32, 1, 8, 1, 8),
 }
-# Forward of few programs, by the bytes of a number: two warps of fewer states each, whose rows of B and C come into
-# registers ahead of time, or touched into the L1 cache as everywhere else.
+# Forward of few programs, by the bytes of a number: more warps, of fewer channels each. Of two bytes, their rows of B
+# and C are touched into the L1 cache, as everywhere else; of four, they come into registers ahead of time.
 NARROW = {2: Tiling(8, 2, 2, 2, 4, registers=96), 4: Tiling(8, 2, 2, 2, 4, ahead=True)}
 # Backward's two passes, the sweep and the walk back, which hold the same states in a lane: over whole sequences, and
 # by spans.
@@ -367,13 +367,13 @@ def _chunk(call: _Call) -> int:
 
 
 def _forward_tiling(call: _Call, tasks: int, by_step: bool) -> Tiling:
-    tiling = TILINGS[call.N]
-    few = call.blocks(tiling) * tasks < FEW
+    """What is fastest, as README.md says; by_step: whether steps, and not channels, lie side by side in memory."""
+    tiling, wide = TILINGS[call.N], call.element_size == 4
     if call.N != 16:  # the others were not timed
         return tiling
-    if few or by_step and call.element_size == 4:
+    if call.blocks(tiling) * tasks < FEW or (wide and by_step):
         return NARROW[call.element_size]
-    return dataclasses.replace(tiling, registers=168 if by_step or call.element_size == 4 else 128)
+    return dataclasses.replace(tiling, registers=168 if wide or by_step else 128)
 
 
 def selective_scan_bwd(

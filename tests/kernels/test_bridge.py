@@ -396,6 +396,7 @@ def test_chunks_are_full_rounds_of_tiles():
     assert choose(8192, 2 * 2048 * 2, 2048, half, 132, False) == (8192, 4096)
     assert choose(25216, 4 * (3 * 128 + 192) * 4, 4 * 192, single, 132, True) == (13952, 13952)  # as few as may be
     assert choose(32768, 2 * 768 * 4, 768, single, 132, False) == (5504, 5504)  # 43 * 3 tiles: one round
+    assert choose(32768, 2 * 1024 * 4, 1024, single, 132, False) == (4096, 4096)  # 32 * 4 tiles, not twice as many
     assert choose(0, 100, 16, half, 132, False) == (17408, 128)
 
 
