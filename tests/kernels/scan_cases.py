@@ -39,6 +39,7 @@ CASES: dict[str, tuple[dict, dict]] = {
         {"batch": 1, "dim": 34, "dstate": 32, "B": GROUPED, "C": GROUPED, "length": 2},
         {"delta_softplus": True},
     ),
+    "many-states-and-steps": ({"batch": 1, "dim": 3, "dstate": 256, "length": 8, "optional": ALL}, {}),
     "many-states": ({"batch": 1, "dim": 5, "dstate": 256, "length": 2, "optional": ALL}, {}),
 }
 
