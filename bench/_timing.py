@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 from collections.abc import Callable
@@ -33,6 +34,17 @@ def measured(make: Callable[[], Callable[[], object]], warmup: int = WARMUP, ste
     torch.cuda.reset_peak_memory_stats()
     ms = milliseconds(make(), warmup, steps)
     return ms, torch.cuda.max_memory_allocated() / 2**30
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes a millisecond of a large copy, which reads and writes each."""
+    from triton.testing import do_bench
+
+    source = torch.empty(2**29, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    # Not in a graph, where the copy would be the copy engine's, which is slower.
+    return 2 * source.numel() / do_bench(lambda: target.copy_(source), return_mode="median")
 
 
 def print_kernels(step: Callable[[], object], count: int) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from _timing import copy_bandwidth
 from torch import Tensor
 
 from cab_kernels import (
@@ -58,16 +59,11 @@ def device_ms(prepare: Callable[[], Callable[[], object]]) -> tuple[float, float
 
 
 @pytest.fixture(scope="module")
-def copy_bandwidth(report: Callable[[str], None]) -> float:
+def bandwidth(report: Callable[[str], None]) -> float:
     """Bytes a millisecond of a large copy; refuses first if the results are wrong."""
     check_results()
-    source = torch.empty(2**29, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    # Not in a graph, where the copy would be the copy engine's, which is slower.
-    milliseconds = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
-    bandwidth = 2 * source.numel() / milliseconds
-    report(f"copy {bandwidth / 1e9:.2f} TB/s; recorded rival: {RECORDED['machine']}")
-    return bandwidth
+    report(f"copy {copy_bandwidth() / 1e9:.2f} TB/s; recorded rival: {RECORDED['machine']}")
+    return copy_bandwidth()
 
 
 def check_results() -> None:
@@ -141,11 +137,11 @@ def direction_of(
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("layout", ["time", "channels"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_convolution(benchmark, shape, layout, direction, copy_bandwidth, report):
+def test_convolution(benchmark, shape, layout, direction, bandwidth, report):
     inputs = conv_inputs(shape, layout)
     median, low, high = device_ms(lambda: direction_of(causal_conv1d_fn, direction, *inputs))
     # Forward reads x and writes out; backward reads x and dout and writes dx.
-    floor = inputs[0].numel() * 2 * (2 if direction == "forward" else 3) / copy_bandwidth
+    floor = inputs[0].numel() * 2 * (2 if direction == "forward" else 3) / bandwidth
     rival, source = rival_ms(shape, layout, direction, inputs)
     report(
         f"{'x'.join(map(str, shape)):>13} {layout:>8} {direction:>8}: {median:.4f} ms ({low:.4f} to {high:.4f}), "
@@ -158,7 +154,7 @@ def test_convolution(benchmark, shape, layout, direction, copy_bandwidth, report
 
 
 @pytest.mark.parametrize(("batch", "dim"), STEPS)
-def test_steps(benchmark, batch, dim, copy_bandwidth, report):
+def test_steps(benchmark, batch, dim, bandwidth, report):
     # As many layers' inputs as a large cache cannot hold; one graph takes a step in each.
     layers = [step_inputs(batch, dim) for _ in range(16)]
     conv_states = [torch.randn(batch, dim, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in layers]
@@ -174,8 +170,8 @@ def test_steps(benchmark, batch, dim, copy_bandwidth, report):
     # The states are read and written; A, the filter and the vectors over dim are read once; x, dt, z and out too.
     first, state = layers[0], conv_states[0]
     floors = {
-        "scan": (2 * first["state"].nbytes + first["A"].nbytes + 4 * first["x"].nbytes + 8 * dim) / copy_bandwidth,
-        "conv": (2 * state.nbytes + weight.nbytes + 2 * first["x"].nbytes + 4 * dim) / copy_bandwidth,
+        "scan": (2 * first["state"].nbytes + first["A"].nbytes + 4 * first["x"].nbytes + 8 * dim) / bandwidth,
+        "conv": (2 * state.nbytes + weight.nbytes + 2 * first["x"].nbytes + 4 * dim) / bandwidth,
     }
     for name, steps in (("scan", scan_steps), ("conv", conv_steps)):
         median, low, high = (1e3 * value / len(layers) for value in device_ms(lambda steps=steps: steps))

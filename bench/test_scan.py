@@ -1,9 +1,11 @@
 """The selective scan's speed, forward and backward: ``pytest bench/test_scan.py --benchmark-only [--sweep]``.
 
-The rival is mamba_ssm's CUDA extension: timed beside ours where it is installed, else its recorded figures, on the GPU
-that ``recorded/selective_scan_h100.json`` names. The floor is the larger of two times: the bytes that must be read and
-written once, over 3.0 TB/s, a copy's rate on an H100; and an exponential for each batch, channel, step and state, at
-16 a clock on each of its multiprocessors. All options are on: D, z, delta_bias, softplus.
+The rival is mamba_ssm's CUDA extension: timed beside ours where it is installed, on tensors whose steps lie side by
+side, the only ones that it does not copy; else its recorded figures, on the GPU that
+``recorded/selective_scan_h100.json`` names. The floor is the larger of two times: the bytes that must be read and
+written once, at the rate of a large copy; and an exponential for each batch, channel, step and state, at 16 a clock on
+each multiprocessor of an H100. All options are on: D, z, delta_bias, softplus. What is launched from Python, and the
+definition, are timed for the table alone, not for the sweep.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from _timing import copy_bandwidth
 
 from cab_kernels import bidirectional_selective_scan_fn, selective_scan_fn, selective_scan_ref
 
 RECORDED = json.loads((pathlib.Path(__file__).parent / "recorded" / "selective_scan_h100.json").read_text())
-COPY_BYTES_PER_MS = 3.0e9
 EXPONENTIALS_PER_MS = 16 * 132 * 1.755e6
 REFERENCE_NUMBERS = 1e9  # the definition keeps the states of a chunk: beyond this, it takes minutes
 
@@ -44,6 +46,13 @@ def headed(report: Callable[[str], None]) -> None:
     report("Times and ratios: replayed as a CUDA graph / launched from Python")
     report("| shape, dtype, layout | what | ms | rival ms | ratio | definition ms | floor ms | of floor |")
     report("|---|---|---|---|---|---|---|---|")
+
+
+def sizes_of(name: str) -> tuple[int, int, int, int, torch.dtype]:
+    """Batch, channels, steps, states and dtype of a shape as it is recorded."""
+    sizes, states, dtype = name.split()
+    batch, dim, length = map(int, sizes.split("x"))
+    return batch, dim, length, int(states[1:]), getattr(torch, dtype)
 
 
 def make_inputs(batch: int, dim: int, length: int, dstate: int, dtype: torch.dtype, layout: str) -> dict:
@@ -100,10 +109,18 @@ def graphed(function: Callable[[], object], stream: torch.cuda.Stream) -> Callab
 
 
 class Times(NamedTuple):
-    """Milliseconds of forward and of backward alone, launched from Python and replayed as a CUDA graph."""
+    """Milliseconds of forward and of backward alone, replayed as a CUDA graph and, if asked for, from Python."""
 
-    eager: tuple[float, float]
     graph: tuple[float, float]
+    eager: tuple[float, float] | None
+
+    def text(self, way: int) -> str:
+        return f"{self.graph[way]:.4f}" + (f" / {self.eager[way]:.4f}" if self.eager else "")
+
+    def over(self, other: Times, way: int) -> str:
+        """How many times as long these took."""
+        ratio = f"{self.graph[way] / other.graph[way]:.2f}"
+        return ratio + (f" / {self.eager[way] / other.eager[way]:.2f}" if self.eager and other.eager else "")
 
 
 @functools.lru_cache
@@ -121,7 +138,17 @@ def time_definition(batch: int, dim: int, length: int, dstate: int, dtype: torch
     return marks[0].elapsed_time(marks[1]), marks[1].elapsed_time(marks[2])
 
 
-def time_both(scan: Callable, inputs: dict) -> Times:
+@functools.lru_cache
+def time_rival(name: str, eager: bool) -> Times:
+    """Here, if it is installed, or else as recorded, which was from Python."""
+    extension = cuda_extension()
+    if extension is None:
+        recorded = tuple(RECORDED["table"].get(name) or RECORDED["sweep"][name])
+        return Times(recorded, recorded if eager else None)
+    return time_both(extension, make_inputs(*sizes_of(name), "length-contiguous"), eager)
+
+
+def time_both(scan: Callable, inputs: dict, eager: bool = True) -> Times:
     leaves, stream = list(inputs.values()), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     # Backward runs on the stream that forward ran on, and a graph wants it to be its own.
@@ -135,9 +162,9 @@ def time_both(scan: Callable, inputs: dict) -> Times:
         def backward() -> object:
             return torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
-        eager = median(forward), median(backward)
+        from_python = (median(forward), median(backward)) if eager else None
         graphs = [graphed(function, stream) for function in (forward, backward)]
-        return Times(eager, (median(graphs[0]), median(graphs[1])))
+        return Times((median(graphs[0]), median(graphs[1])), from_python)
 
 
 def bidirectional(way: Callable) -> Callable:
@@ -162,8 +189,8 @@ def floors(batch: int, dim: int, length: int, dstate: int, size: int) -> tuple[f
     activation, projection = batch * dim * length * size, batch * dstate * length * size
     exponentials = batch * dim * length * dstate / EXPONENTIALS_PER_MS
     return (
-        max((4 * activation + 2 * projection) / COPY_BYTES_PER_MS, exponentials),
-        max((8 * activation + 4 * projection) / COPY_BYTES_PER_MS, exponentials),
+        max((4 * activation + 2 * projection) / copy_bandwidth(), exponentials),
+        max((8 * activation + 4 * projection) / copy_bandwidth(), exponentials),
     )
 
 
@@ -173,26 +200,20 @@ def checked() -> None:
 
 
 def test_scan(name: str, layout: str, benchmark, report: Callable[[str], None]) -> None:
-    sizes, states, dtype_name = name.split()
-    batch, dim, length = map(int, sizes.split("x"))
-    dstate, dtype = int(states[1:]), getattr(torch, dtype_name)
+    batch, dim, length, dstate, dtype = sizes_of(name)
+    of_table = name in RECORDED["table"]
     inputs = make_inputs(batch, dim, length, dstate, dtype, layout)
-    ours = time_both(selective_scan_fn, inputs)
-    extension = cuda_extension()
-    recorded = tuple(RECORDED["table"].get(name) or RECORDED["sweep"][name])
-    rival = Times(recorded, recorded) if extension is None else time_both(extension, inputs)
+    ours, rival = time_both(selective_scan_fn, inputs, of_table), time_rival(name, of_table)
     definition = (None, None)
-    if batch * dim * length * dstate <= REFERENCE_NUMBERS and length <= 4096:
+    if of_table and batch * dim * length * dstate <= REFERENCE_NUMBERS and length <= 4096:
         definition = time_definition(batch, dim, length, dstate, dtype)
-    label = "recorded" if extension is None else "timed here"
+    label = "recorded" if cuda_extension() is None else "timed here"
     floor = floors(batch, dim, length, dstate, dtype.itemsize)
     for i, what in enumerate(("forward", "backward")):
         slow = "-" if definition[i] is None else f"{definition[i]:.1f}"
         report(
-            f"| {name}, {layout} | {what} | {ours.graph[i]:.4f} / {ours.eager[i]:.4f} "
-            f"| {rival.graph[i]:.4f} / {rival.eager[i]:.4f} ({label}) "
-            f"| {rival.graph[i] / ours.graph[i]:.2f} / {rival.eager[i] / ours.eager[i]:.2f} | {slow} "
-            f"| {floor[i]:.4f} | {floor[i] / ours.graph[i]:.0%} |"
+            f"| {name}, {layout} | {what} | {ours.text(i)} | {rival.text(i)} ({label}) | {rival.over(ours, i)} "
+            f"| {slow} | {floor[i]:.4f} | {floor[i] / ours.graph[i]:.0%} |"
         )
     benchmark.pedantic(lambda: selective_scan_fn(**inputs, delta_softplus=True), rounds=5, warmup_rounds=1)
     benchmark.extra_info.update(graph_ms=ours.graph, eager_ms=ours.eager, rival_ms=rival)
@@ -207,9 +228,8 @@ def test_bidirectional(batch: int, dim: int, length: int, benchmark, report: Cal
     name = f"{batch}x{dim}x{length} N16 bfloat16"
     for i, what in enumerate(("forward", "backward")):
         report(
-            f"| {name}, both directions | {what} | {ours.graph[i]:.4f} / {ours.eager[i]:.4f} "
-            f"| {separate.graph[i]:.4f} / {separate.eager[i]:.4f} (two scans and a sum) "
-            f"| {separate.graph[i] / ours.graph[i]:.2f} / {separate.eager[i] / ours.eager[i]:.2f} | - | - | - |"
+            f"| {name}, both directions | {what} | {ours.text(i)} | {separate.text(i)} (two scans and a sum) "
+            f"| {separate.over(ours, i)} | - | - | - |"
         )
     scan = bidirectional(bidirectional_selective_scan_fn)
     benchmark.pedantic(lambda: scan(**inputs, delta_softplus=True), rounds=5, warmup_rounds=1)

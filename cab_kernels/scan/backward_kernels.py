@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from cab_kernels.scan.device_kernels import (
+    exponent,
     fold_halves,
     fold_permuted,
     fold_states,
@@ -43,7 +44,6 @@ from cab_kernels.scan.forward_kernels import (
     channels_of,
     direction_of,
     load_matrix,
-    load_rates,
     one_of,
     place_in,
     row_of,
@@ -135,7 +135,7 @@ def _selective_scan_bwd_kernel(
     limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
     state = states_of(lane, S, NT, ORDERS)
     A_ptr = one_of(A_ptr, second, BOTH)
-    A = load_rates(A_ptr, base - skip, edge - skip, dstate, lane, state, S, R, NT, NATIVE)
+    A = load_matrix(A_ptr, base - skip, edge - skip, 0, dstate, lane, state, S, R, NT, NATIVE)
     D = 0.0
     if D_ptr is not None:
         D = tl.load(one_of(D_ptr, second, BOTH) + row).to(tl.float32)
@@ -239,7 +239,7 @@ def _selective_scan_bwd_kernel(
         dy = ()
         for i in tl.static_range(STEPS):
             d = step_size(x[i], bias, now + i < limit, SOFTPLUS, NATIVE)
-            dt = dt + (d,)
+            dt = dt + (exponent(d, NATIVE),)
             dtu = dtu + (d * u[i],)
             g = dout[i]
             if z_ptr is not None:
@@ -370,8 +370,8 @@ def _selective_scan_bwd_kernel(
         dus = ()
         ddeltas = ()
         for i in tl.static_range(STEPS):
-            dus = dus + (dxs[i] * dt[i] + D * dy[i],)
-            g = from_exponent(dexps[i], NATIVE) + dxs[i] * u[i]
+            dus = dus + (dxs[i] * from_exponent(dt[i], NATIVE) + D * dy[i],)
+            g = dexps[i] + dxs[i] * u[i]
             if SOFTPLUS:
                 g *= sigmoid(x[i] + bias, NATIVE)
             g = tl.where(now + i < limit, g, 0.0)
@@ -386,7 +386,10 @@ def _selective_scan_bwd_kernel(
         keep_touched(kept, total_rows >> 31)
     parts = task * parts_width
     if dA_ptr is not None:
-        store_matrix(dA_ptr + parts, base, edge, 0, dstate, lane, state, dA, S, R, NT, NATIVE)
+        dA_values = ()
+        for i in tl.static_range(U):
+            dA_values = dA_values + (from_exponent(dA[i], NATIVE),)
+        store_matrix(dA_ptr + parts, base, edge, 0, dstate, lane, state, dA_values, S, R, NT, NATIVE)
     if B_ptr is not None and dB_ptr is not None:
         store_matrix(dB_ptr + parts, base, edge, 0, dstate, lane, state, dB, S, R, NT, NATIVE)
     if C_ptr is not None and dC_ptr is not None:

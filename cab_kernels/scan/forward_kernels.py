@@ -156,18 +156,6 @@ def load_matrix(
 
 
 @triton.jit
-def load_rates(
-    A_ptr, base, edge, dstate, lane, states, S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr
-):
-    """A lane's part of A, in the unit that ``power`` takes."""
-    A = load_matrix(A_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
-    rates = ()
-    for i in tl.static_range(R * NT):
-        rates = rates + (exponent(A[i], NATIVE),)
-    return rates
-
-
-@triton.jit
 def store_matrix(
     ptr,
     base,
@@ -252,7 +240,7 @@ def _selective_scan_fwd_kernel(
     limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
     states = states_of(lane, S, NT, 1)
     A_ptr = one_of(A_ptr, second, BOTH)
-    A = load_rates(A_ptr, base - skip, edge - skip, dstate, lane, states, S, R, NT, NATIVE)
+    A = load_matrix(A_ptr, base - skip, edge - skip, 0, dstate, lane, states, S, R, NT, NATIVE)
     slot = first // SPAN + sequence
     if SPLIT:
         start = (first // chunk + sequence + index) * dim
@@ -339,7 +327,7 @@ def _selective_scan_fwd_kernel(
             dtu = ()
             for i in tl.static_range(STEPS):
                 d = step_size(x[i], bias, now + i < limit, SOFTPLUS, NATIVE)
-                dt = dt + (d,)
+                dt = dt + (exponent(d, NATIVE),)
                 dtu = dtu + (d * u[i],)
             ys = ()
             for k in tl.static_range(T):

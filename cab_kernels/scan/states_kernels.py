@@ -9,6 +9,7 @@ All spans are swept at once, and ``_chain_kernel`` puts their parts together, on
 import triton.language as tl
 
 from cab_kernels.scan.device_kernels import (
+    exponent,
     from_lane,
     jit,
     keep_touched,
@@ -29,7 +30,6 @@ from cab_kernels.scan.forward_kernels import (
     channels_of,
     direction_of,
     load_matrix,
-    load_rates,
     one_of,
     row_of,
     sequence_of,
@@ -78,7 +78,7 @@ def _sweep_kernel(
     slot = first // size + sequence + span
     states = states_of(lane, S, NT, 1)
     A_ptr = one_of(A_ptr, second, BOTH)
-    A = load_rates(A_ptr, base - skip, edge - skip, dstate, lane, states, S, R, NT, NATIVE)
+    A = load_matrix(A_ptr, base - skip, edge - skip, 0, dstate, lane, states, S, R, NT, NATIVE)
     bias = 0.0
     if delta_bias_ptr is not None:
         bias = tl.load(one_of(delta_bias_ptr, second, BOTH) + row).to(tl.float32)
@@ -138,8 +138,8 @@ def _sweep_kernel(
         dy = ()
         for i in tl.static_range(STEPS):
             d = step_size(x[i], bias, now + i < limit, SOFTPLUS, NATIVE)
-            elapsed += d
-            dt = dt + (d,)
+            dt = dt + (exponent(d, NATIVE),)
+            elapsed += dt[i]
             dtu = dtu + (d * u[i],)
             if ADJOINT:
                 g = dout[i]
