@@ -88,7 +88,7 @@ def _selective_scan_bwd_kernel(
     cu_seqlens_ptr, befores_ptr, adjoints_ptr, dlast_ptr,
     du_ptr, ddelta_ptr, dz_ptr, drows_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, dinitial_ptr,
     strides_u, strides_delta, strides_z, strides_dout, strides_before, strides_du, strides_ddelta, strides_dz,
-    length, channels, groups, dim, dstate, sequences, chunks, blocks, total_rows,
+    length, channels, groups, dim, dstate, sequences, blocks, total_rows,
     first_block, first_channel, befores_dim, parts_width,
     STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_DOUT: tl.constexpr,
     STRIDE_BEFORE: tl.constexpr, STRIDE_DU: tl.constexpr, STRIDE_DDELTA: tl.constexpr, STRIDE_DZ: tl.constexpr,
@@ -113,7 +113,7 @@ def _selective_scan_bwd_kernel(
     pid = tl.program_id(0)
     task = (pid // blocks).to(tl.int64)
     if SPLIT:
-        sequence, span, first, count = sequence_of(pid // blocks, length, chunks, cu_seqlens_ptr, sequences, SPAN)
+        sequence, span, first, count = sequence_of(pid // blocks, length, cu_seqlens_ptr, sequences, SPAN)
         begin = span * SPAN
         end = min(begin + SPAN, count)
     else:
@@ -372,7 +372,7 @@ def _selective_scan_bwd_kernel(
         ddeltas = ()
         for i in tl.static_range(STEPS):
             dus = dus + (dxs[i] * dt[i] + D * dy[i],)
-            g = dexps[i] + exponent(dxs[i], NATIVE) * u[i]
+            g = dexps[i] + dxs[i] * exponent(u[i], NATIVE)
             if SOFTPLUS:
                 g *= sigmoid(x[i] + bias, NATIVE)
             g = tl.where(now + i < limit, g, 0.0)

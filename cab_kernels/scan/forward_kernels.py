@@ -48,15 +48,16 @@ from cab_kernels.scan.device_kernels import (
 
 
 @triton.jit
-def sequence_of(task, length, chunks, cu_seqlens_ptr, sequences, size):
+def sequence_of(task, length, cu_seqlens_ptr, sequences, size):
     """The sequence and the chunk of ``size`` steps that a task is, and where the sequence begins and how long it is.
 
-    Without cu_seqlens each sequence has ``chunks`` of them. With it, the chunks of sequence i are numbered from
+    Without cu_seqlens the first chunks of all sequences come first and the last ones, which may be short, last: so the
+    GPU's multiprocessors end at about the same time. With it, the chunks of sequence i are numbered from
     ``cu_seqlens[i] // size + i`` on, which leaves some numbers without one: their first step is beyond the end.
     """
     if cu_seqlens_ptr is None:
-        sequence = (task // chunks).to(tl.int64)
-        return sequence, task % chunks, sequence * length, length
+        sequence = (task % sequences).to(tl.int64)
+        return sequence, task // sequences, sequence * length, length
     else:
         sequence = task * 0
         for bit in range(0, 31):
@@ -213,7 +214,7 @@ def _selective_scan_fwd_kernel(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, rows_ptr, D_ptr, z_ptr, delta_bias_ptr, initial_ptr, cu_seqlens_ptr,
     before_ptr, out_ptr, starts_ptr, states_ptr, last_ptr,
     strides_u, strides_delta, strides_z, strides_before, strides_out,
-    length, channels, groups, dim, dstate, sequences, chunk, chunks, blocks, first_block, total_rows,
+    length, channels, groups, dim, dstate, sequences, chunk, blocks, first_block, total_rows,
     STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_BEFORE: tl.constexpr,
     STRIDE_OUT: tl.constexpr,
     LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_BEFORE: tl.constexpr,
@@ -234,7 +235,7 @@ def _selective_scan_fwd_kernel(
     TOUCHED: tl.constexpr = touches(T * 2 * N)
     pid = tl.program_id(0)
     if SPLIT:
-        sequence, index, first, count = sequence_of(pid // blocks, length, chunks, cu_seqlens_ptr, sequences, chunk)
+        sequence, index, first, count = sequence_of(pid // blocks, length, cu_seqlens_ptr, sequences, chunk)
         begin = index * chunk
         end = min(begin + chunk, count)
     else:

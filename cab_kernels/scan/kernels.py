@@ -120,12 +120,11 @@ class _Call:
         """How many numbers pieces of ``steps`` steps have: see ``sequence_of``."""
         return self.batch * self.length // steps + self.sequences
 
-    def tasks(self, steps: int) -> tuple[int, int]:
-        """How many tasks pieces of ``steps`` steps make, and how many a sequence has."""
+    def tasks(self, steps: int) -> int:
+        """How many tasks pieces of ``steps`` steps make."""
         if self.cu_seqlens is not None:
-            return self.numbered(steps), 0
-        pieces = max(1, triton.cdiv(self.length, steps))
-        return self.batch * pieces, pieces
+            return self.numbered(steps)
+        return self.batch * max(1, triton.cdiv(self.length, steps))
 
     def activations(self, tensors: dict, tiling: Tiling, turn: int | None = None) -> dict[str, object]:
         """A kernel's arguments for (batch, dim, length) tensors, or pairs of them, or None."""
@@ -296,7 +295,7 @@ def selective_scan_fwd(
     call = _Call(u, A, B, C, cu_seqlens, delta_softplus, reverse)
     A, D, delta_bias, initial_state = map(_contiguous, (A, D, delta_bias, initial_state))
     chunk = _chunk(call)
-    tasks = call.sequences if chunk == call.length else call.tasks(chunk)[0]
+    tasks = call.sequences if chunk == call.length else call.tasks(chunk)
     tiling = _forward_tiling(call, tasks, by_step=_first(u).stride(2) == 1)
     turns = call.turns(call.blocks(tiling))
     with _on_device(call.device):
@@ -315,7 +314,6 @@ def selective_scan_fwd(
                 states_ptr=states if keep else None,
                 last_ptr=last_state if return_last_state else None,
                 chunk=chunk,
-                chunks=tasks // max(1, call.sequences),
                 blocks=len(blocks),
                 first_block=blocks.start,
                 SPLIT=chunk < call.length,
@@ -333,7 +331,7 @@ def _starts(call: _Call, chunk: int, u, delta, A, delta_bias, initial_state) -> 
     starts = call.new(call.numbered(chunk), call.dim, call.N)
     decays = torch.empty_like(starts)
     sweep = TILINGS[call.N]
-    tasks, chunks = call.tasks(chunk)
+    tasks = call.tasks(chunk)
     _sweep_kernel[(call.blocks(sweep) * tasks,)](
         **call.projections(),
         A_ptr=_pointer(A),
@@ -343,7 +341,6 @@ def _starts(call: _Call, chunk: int, u, delta, A, delta_bias, initial_state) -> 
         befores_ptr=None,
         decays_ptr=decays,
         adjoints_ptr=None,
-        chunks=chunks,
         blocks=call.blocks(sweep),
         first_block=0,
         first_channel=0,
@@ -394,7 +391,7 @@ def selective_scan_bwd(
     split = call.length > call.span and call.blocks(WHOLE[call.N][1]) * call.sequences < FILL_BACKWARD
     sweep, tiling = BY_SPAN[call.N] if split else WHOLE[call.N]
     blocks = call.blocks(tiling)
-    tasks, chunks = call.tasks(call.span)
+    tasks = call.tasks(call.span)
     main_tasks = tasks if split else call.sequences
     parameters = {"dA": dA, "dB": dB if _constant(B) else None, "dC": dC if _constant(C) else None}
     parameters |= {"dD": dD, "dbias": ddelta_bias}
@@ -431,7 +428,6 @@ def selective_scan_bwd(
                 "delta_bias_ptr": _pointer(delta_bias, turn),
                 "befores_ptr": befores,
                 "adjoints_ptr": adjoints,
-                "chunks": chunks,
                 "blocks": len(slice_),
                 "first_block": slice_.start,
                 "first_channel": channels[0],

@@ -45,7 +45,7 @@ def _sweep_kernel(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, rows_ptr, z_ptr, delta_bias_ptr, dout_ptr, cu_seqlens_ptr,
     states_ptr, befores_ptr, decays_ptr, adjoints_ptr,
     strides_u, strides_delta, strides_z, strides_dout,
-    length, channels, groups, dim, dstate, sequences, chunks, blocks, total_rows,
+    length, channels, groups, dim, dstate, sequences, blocks, total_rows,
     first_block, first_channel, befores_dim, size,
     STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_DOUT: tl.constexpr,
     LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_DOUT: tl.constexpr,
@@ -66,7 +66,7 @@ def _sweep_kernel(
     PACKED: tl.constexpr = cu_seqlens_ptr is not None
     TOUCHED: tl.constexpr = touches(T * 2 * N)
     pid = tl.program_id(0)
-    sequence, span, first, count = sequence_of(pid // blocks, length, chunks, cu_seqlens_ptr, sequences, size)
+    sequence, span, first, count = sequence_of(pid // blocks, length, cu_seqlens_ptr, sequences, size)
     begin = span * size
     end = min(begin + size, count)
     lane, base, own, edge, group = channels_of(first_block + pid % blocks, channels, groups, S, R)
