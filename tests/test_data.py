@@ -137,6 +137,18 @@ def test_images_of_a_folder_lie_between_0_and_1(folder: Path, augment: str) -> N
     assert torch.equal(red["images"], torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1).expand(3, 16, 16))
 
 
+def test_the_policy_runs_at_its_largest_magnitude(folder: Path) -> None:
+    """Which the noise on it reaches once in forty draws: an image library may refuse what timm asks for there."""
+    transforms = load(DataConfig(root=str(folder), image_size=16, augment="rand")).full.transform.transforms
+    (policy,) = (transform for transform in transforms if hasattr(transform, "ops"))
+    names = [op.name for op in policy.ops]
+    assert "PosterizeIncreasing" in names
+    image = Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3))
+    for op in policy.ops:
+        op.prob, op.magnitude, op.magnitude_std = 1.0, 10, 0.0
+        assert op(image).size == image.size, op.name
+
+
 def test_an_index_file_takes_the_place_of_the_fraction(folder: Path) -> None:
     listed = {"blue": ["blue/2.png"], "red": ["red/0.png", "red/3.png"]}
     (folder / "i.json").write_text(json.dumps({"format": "cab-index-1", "classes": listed}))
