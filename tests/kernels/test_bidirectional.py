@@ -80,9 +80,9 @@ def test_matches_definition(sizes, options, device):
 def test_sequences_are_split_in_time(device, monkeypatch):
     """Of spans so short that forward and backward each split a sequence into several."""
     pytest.importorskip("triton")
-    from cab_kernels.scan import kernels
+    from cab_kernels.scan import launch_kernels
 
-    monkeypatch.setattr(kernels, "SPAN", 8)
+    monkeypatch.setattr(launch_kernels, "SPAN", 8)
     inputs = both_inputs(batch=1, dim=5, length=21, dstate=4, dtype=torch.float32, device=device)
     assert_within_budget(triton_scan, inputs, {"delta_softplus": True}, definition, loop)
 
@@ -92,9 +92,9 @@ def test_sequences_are_split_in_time(device, monkeypatch):
 def test_directions_take_turns(name, at_once, device, monkeypatch):
     """One launch after the other, in backward also for each block of channels."""
     pytest.importorskip("triton")
-    from cab_kernels.scan import kernels
+    from cab_kernels.scan import kernels, launch_kernels
 
-    monkeypatch.setattr(kernels, "FILL_DIRECTION", 0)
+    monkeypatch.setattr(launch_kernels, "FILL_DIRECTION", 0)
     monkeypatch.setattr(kernels, "_blocks_at_once", lambda *_: at_once)
     sizes, options = CASES[name]
     inputs = both_inputs(**sizes, dtype=torch.float32, device=device)

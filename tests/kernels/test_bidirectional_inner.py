@@ -109,9 +109,9 @@ def test_as_exact_as_the_ops_one_after_the_other(sizes, seen, device):
 
 
 def test_as_exact_when_directions_take_turns(device, monkeypatch):
-    from cab_kernels.scan import kernels
+    from cab_kernels.scan import launch_kernels
 
-    monkeypatch.setattr(kernels, "FILL_DIRECTION", 0)
+    monkeypatch.setattr(launch_kernels, "FILL_DIRECTION", 0)
     assert_as_exact_as_the_ops(make_inputs(device=device), slice(None))
 
 

@@ -19,8 +19,9 @@ from cab_kernels import _backend, selective_scan_fn, selective_scan_ref
 
 pytest.importorskip("triton")
 
-from cab_kernels.scan import kernels
-from cab_kernels.scan.kernels import Tiling, selective_scan
+from cab_kernels.scan import kernels, launch_kernels
+from cab_kernels.scan.kernels import selective_scan
+from cab_kernels.scan.launch_kernels import Tiling
 
 
 def triton_scan(*args, **kwargs):
@@ -44,7 +45,7 @@ SPLIT = {
 def test_sequences_are_split_in_time(sizes, device, monkeypatch):
     """Of spans so short that forward and backward each split a sequence into several."""
     sizes = {"batch": 1, "dstate": 4, "optional": ALL, **sizes}
-    monkeypatch.setattr(kernels, "SPAN", 8)
+    monkeypatch.setattr(launch_kernels, "SPAN", 8)
     monkeypatch.setattr(kernels, "FILL_PIECES", sizes.pop("fill", kernels.FILL_PIECES))
     bounds = {"cu_seqlens": [0, 18, 18, 21]} if "sequences" in sizes else {}
     inputs = make_inputs(**sizes, dtype=torch.float32, device=device)
