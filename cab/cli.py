@@ -252,7 +252,6 @@ def _joined(device: str) -> bool:
         by_deepspeed = shards == ZERO3
         if by_deepspeed:
             os.environ["DS_ACCELERATOR"] = "cpu" if cpu else "cuda"
-            import deepspeed  # noqa: F401  one that is missing is missed before the processes join
         processes.start(int(os.environ["LOCAL_RANK"]), cpu, by_deepspeed)
     return bool(shards)
 

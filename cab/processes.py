@@ -36,6 +36,8 @@ def start(local_rank: int, cpu: bool, by_deepspeed: bool = False) -> None:
     """
     global _by_deepspeed
     _by_deepspeed = by_deepspeed
+    if by_deepspeed:
+        import deepspeed  # noqa: F401  where it is missing, that is said before the processes join
     if cpu:
         dist.init_process_group("gloo")
     else:
@@ -48,6 +50,8 @@ def start(local_rank: int, cpu: bool, by_deepspeed: bool = False) -> None:
 def leave() -> None:
     """Part from the other processes when all have come this far."""
     if count() > 1:
+        if _by_deepspeed:
+            zero.settle()
         wait()
         dist.destroy_process_group()
 

@@ -69,7 +69,7 @@ class TaskTrainer(Trainer):
         mix: makes the batch that is trained on from one that was loaded.
 
     Raises:
-        UserError: the batch cannot be shared out among the processes, or there is no such device.
+        UserError: the batch cannot be shared out among the processes, there is no such device, or ZeRO-3 cannot do it.
     """
 
     loss_is_scaled_for_ga = False  # the task's loss is a mean over its batch: Trainer divides by the accumulation
@@ -95,6 +95,8 @@ class TaskTrainer(Trainer):
         self._logged = (0, 0.0)  # step and seconds
         self.shards = config.shard and processes.count() > 1
         self.by_deepspeed = self.shards and processes.by_deepspeed()
+        if self.by_deepspeed and config.optim.layer_decay < 1:  # timm's groups go by the shapes of whole parameters
+            raise UserError(f"expected optim.layer_decay=1 for DeepSpeed's ZeRO-3, got {config.optim.layer_decay}")
         super().__init__(
             model=task,
             args=_arguments(config, folder, task.aligns),

@@ -7,8 +7,11 @@ the last gradient of a parameter that has none at this step, as the head's or th
 
 from __future__ import annotations
 
+import inspect
 import logging
+import time
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -30,6 +33,16 @@ def start() -> None:
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
     deepspeed.ops.__compatible_ops__ = {}  # on a CPU it would compile collectives of its own first
     deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False)
+
+
+def settle() -> None:
+    """Give gloo's threads the time to let go of the last tensors that were gathered.
+
+    Such a thread needs Python's lock for that. If a barrier comes first, it passes them on to the barrier, and a thread
+    that would free them when Python has begun to end aborts the process.
+    """
+    if dist.get_backend() == "gloo":
+        time.sleep(0.1)
 
 
 class Partition:
@@ -61,10 +74,11 @@ class Partition:
         self.kept = list(kept)
         self.ready: list[Any] = []
         self.in_backward = False
+        collect = weakref.WeakMethod(self._collect)  # Python cannot free a cycle through such a hook
         for value in self.offload.module.parameters():
             part(value).ds_shape = value.ds_shape
             if value.requires_grad:
-                value.register_post_accumulate_grad_hook(self._collect)
+                value.register_post_accumulate_grad_hook(lambda value: cast(Any, collect())(value))
         module.register_forward_pre_hook(self._begin)
 
     def let_go(self) -> None:
@@ -118,10 +132,13 @@ class Partition:
 
 
 def _forget() -> None:
-    """Take a module that has just got its hooks from DeepSpeed's stack, which would keep every model of the run."""
+    """Take from DeepSpeed the module that just got its hooks, and those before it: it keeps every model of a run."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
     FWD_MODULE_STACK.pop()
+    cached = Coordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
 
 
 def is_shared(value: Any) -> bool:

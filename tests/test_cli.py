@@ -505,10 +505,15 @@ def test_launchers_that_are_refused(
 
 @pytest.mark.parametrize("switch", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
 def test_accelerate_itself_is_not_asked_to_shard(switch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(switch, "true")
+    started = []
+    monkeypatch.setattr("cab.processes.start", lambda *options: started.append(options))
+    monkeypatch.setenv("DS_ACCELERATOR", "")
+    for name, value in {switch: "true", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "taken").write_text("")
-    assert main([*distill(), "--out", str(tmp_path)]) == 2
+    assert main([*distill("device=cpu"), "--out", str(tmp_path)]) == 2
     assert switch not in os.environ
+    assert started == [(0, True, switch == "ACCELERATE_USE_DEEPSPEED")]
 
 
 def test_deepspeed_that_is_not_installed(

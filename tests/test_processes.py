@@ -62,7 +62,8 @@ launcher = {name: value for name, value in os.environ.items() if name.startswith
 def main(words):
     os.environ.update(launcher)
     return cab.cli.main(words)
-cab.processes.start, cab.processes.leave = functools.cache(cab.processes.start), cab.processes.wait
+leave, cab.processes.leave = cab.processes.leave, cab.processes.wait
+cab.processes.start = functools.cache(cab.processes.start)
 *words, folder = sys.argv[1:]
 assert main([*words, f"{folder}/two"]) == 0
 advance = cab.trainer._Advance.on_step_begin
@@ -80,6 +81,7 @@ if cab.processes.rank() == 0:
     shutil.copytree(f"{folder}/cut", f"{folder}/alone")
 cab.processes.wait()
 assert main(["distill", "--resume", f"{folder}/cut"]) == 0
+leave()
 """
 
 # What a graph would replay, in the place of a graph.
@@ -255,8 +257,18 @@ sys.exit(main(sys.argv[1:]))
 def test_a_sharded_block_whose_output_has_no_gradient_is_whole_in_backward(
     tmp_path: Path, device: str, by: str
 ) -> None:
-    """Attention behind the last Mamba block, whose B and C alone have a gradient while the alignment is the loss."""
-    hybrid = ["student.name=bamba", "student.depth=3", "student.attention=2", "student.heads=2", "student.head_dim=16"]
+    """Attention behind the last Mamba block, whose B and C alone have a gradient while the alignment is the loss.
+
+    The layer map is learned, and logs read it between the passes.
+    """
+    hybrid = [
+        "bridge.layer_map=learned",
+        "student.name=bamba",
+        "student.depth=3",
+        "student.attention=2",
+        "student.heads=2",
+        "student.head_dim=16",
+    ]
     settings = ["--preset", "lm-local", *arguments(tmp_path / "one", [*TEXT, *hybrid, f"device={device}"])[1:]]
     settings += ["--set", "precision=float32", "--set", "shard=true"]
     assert main(["distill", *settings]) == 0
@@ -298,7 +310,7 @@ def test_processes_average_gradients_and_hold_their_parts() -> None:
 
 
 PARTITIONED = """
-import copy, os
+import copy, gc, os, weakref
 import torch
 from torch import nn
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -345,9 +357,19 @@ for passes in (1, 2, 3):
         else:
             torch.testing.assert_close(zero.whole(part.grad, part), passes * expected)
 assert seen[:3] == [[25, 0, 25], [0, 25, 25], [0, 0, 25]], seen
+with processes.kept_whole(model):
+    assert sizes() == {name: value.numel() for name, value in whole.named_parameters()}
+    model(inputs[0])
+    assert sizes() == {name: value.numel() for name, value in whole.named_parameters()}
+assert sizes() == empty
+seen.clear()
+model(inputs[0])
+assert seen == [[25, 0, 25], [0, 25, 25], [0, 0, 25]], seen
 
-model = teacher
+block, model = weakref.ref(model.blocks[0]), teacher
 processes.shard(model, torch.device("cpu"))
+gc.collect()
+assert block() is None, "an earlier model of the run is kept"
 assert sizes() == {name: 0 if name.startswith("blocks") else value.numel() for name, value in whole.named_parameters()}
 seen.clear()
 with torch.no_grad():
@@ -355,7 +377,6 @@ with torch.no_grad():
         torch.testing.assert_close(model(x), whole(x))
 assert seen[0] == [25, 0, 0] and seen[2] == [0, 0, 25], seen
 processes.leave()
-os._exit(0)  # gloo's threads may let go of these tensors while Python ends, and abort
 """
 
 
