@@ -17,10 +17,27 @@ from cab.config import UserError
 from cab.presets import ARMS, PRESETS
 from cab.settings import of_run, resolve, to_yaml
 
-# What the extras "vision" and "language" bring; a missing one is the user's to install, any other import error is ours.
+# What the extras "vision", "language" and "deepspeed" bring; a missing one is the user's to install, any other import
+# error is ours.
 _VISION = {"sklearn", "timm", "torchvision"}
 _LANGUAGE = {"datasets", "pyarrow"}
+_DEEPSPEED = {"deepspeed"}
 _BOTH = {"accelerate", "matplotlib", "safetensors", "tensorboard", "tqdm", "transformers", "yaml"}
+
+ZERO3 = "launch/zero3.yaml"
+# What a launcher sets when it asks for sharded models: by which of our configurations, and what else that one has.
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": ("launch/fsdp2.yaml", {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"}),
+    "ACCELERATE_USE_DEEPSPEED": (
+        ZERO3,
+        {
+            "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+            "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+            "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": "none",
+        },
+    ),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,9 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _line(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        if package not in _VISION | _LANGUAGE | _BOTH:
+        extras = {"vision": _VISION, "language": _LANGUAGE, "deepspeed": _DEEPSPEED, "vision] or [language": _BOTH}
+        extra = next((name for name, packages in extras.items() if package in packages), None)
+        if extra is None:
             raise error
-        extra = "language" if package in _LANGUAGE else "vision" if package in _VISION else "vision] or [language"
         return f"expected the packages of cab-kernels[{extra}], got no module {error.name!r}"
     # A process that loads images hands its error over with its traceback around the message.
     return " ".join(str(error).rpartition("UserError: ")[2].split())
@@ -217,23 +235,25 @@ def _distill(options: argparse.Namespace) -> None:
 
 def _joined(device: str) -> bool:
     """Join the other processes where a launcher has started several, and say whether it wants the models sharded."""
-    if _is_set("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(
-            "expected torchrun, or accelerate with launch/ddp.yaml or launch/fsdp2.yaml, got ACCELERATE_USE_DEEPSPEED="
-            f"{os.environ['ACCELERATE_USE_DEEPSPEED']}: FSDP2 shards what ZeRO-3 would"
-        )
-    shards = _is_set("ACCELERATE_USE_FSDP")
-    for name, wanted in (("FSDP_VERSION", "2"), ("FSDP_OFFLOAD_PARAMS", "false")) if shards else ():
-        if os.environ.get(name, wanted) != wanted:
-            raise UserError(f"expected {name}={wanted}, as launch/fsdp2.yaml has it, got {os.environ[name]}")
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # the models come sharded: accelerate has nothing to wrap
+    shards = ""
+    for switch, (file, wanted) in _SHARDING.items():
+        if _is_set(switch):
+            shards = file
+            for name, value in wanted.items():
+                if os.environ.get(name, value) != value:
+                    raise UserError(f"expected {name}={value}, as {file} has it, got {os.environ[name]}")
+        os.environ.pop(switch, None)  # the models come sharded: accelerate has nothing to wrap
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         import torch
 
         from cab import processes
 
-        processes.start(int(os.environ["LOCAL_RANK"]), cpu=device == "cpu" or not torch.cuda.is_available())
-    return shards
+        cpu = device == "cpu" or not torch.cuda.is_available()
+        by_deepspeed = shards == ZERO3
+        if by_deepspeed:
+            os.environ["DS_ACCELERATOR"] = "cpu" if cpu else "cuda"
+        processes.start(int(os.environ["LOCAL_RANK"]), cpu, by_deepspeed)
+    return bool(shards)
 
 
 def _is_set(name: str) -> bool:

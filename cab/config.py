@@ -374,7 +374,8 @@ class Config(Section):
     )
     shard: bool = _option(
         False,
-        "of several processes, each holds a part of student, teacher, bridges and optimiser (FSDP2), not the whole",
+        "of several processes, each holds a part of student, teacher, bridges and optimiser, not the whole: FSDP2, or "
+        "ZeRO-3 where accelerate launches DeepSpeed",
     )
     log_gradients: bool = _option(
         False, "log norms and cosine of the gradients of the KL and of the alignment, 100 times a run"

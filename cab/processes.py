@@ -1,10 +1,10 @@
 """The processes of a run that a launcher started: which one writes, what all of them must agree on, and how they share
-a model out."""
+a model out: by FSDP2, or by DeepSpeed's ZeRO-3 (:mod:`cab.zero`) where that was launched."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -15,24 +15,43 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+import cab.zero as zero
+
 Value = TypeVar("Value")
 
 # Parameters, at least, that are gathered at a time: small blocks are not worth an exchange each.
 GATHERED = 2**23
 
+_PARTITION = "_cab_partition"  # where a module has it
+_by_deepspeed = False  # the launcher's choice, for all models of the run
 
-def start(local_rank: int, cpu: bool) -> None:
-    """Join the other processes, through gloo on a CPU and NCCL on GPUs, of which each process takes one."""
+
+def start(local_rank: int, cpu: bool, by_deepspeed: bool = False) -> None:
+    """Join the other processes, through gloo on a CPU and NCCL on GPUs, of which each process takes one.
+
+    Args:
+        local_rank: among those of this machine.
+        cpu: whether models run on the CPU.
+        by_deepspeed: whether models are shared out by DeepSpeed's ZeRO-3, not by FSDP2.
+    """
+    global _by_deepspeed
+    _by_deepspeed = by_deepspeed
+    if by_deepspeed:
+        import deepspeed  # noqa: F401  where it is missing, that is said before the processes join
     if cpu:
         dist.init_process_group("gloo")
     else:
         torch.cuda.set_device(local_rank)
         dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
+    if by_deepspeed:
+        zero.start()
 
 
 def leave() -> None:
     """Part from the other processes when all have come this far."""
     if count() > 1:
+        if _by_deepspeed:
+            zero.settle()
         wait()
         dist.destroy_process_group()
 
@@ -88,7 +107,7 @@ def average_gradients(module: nn.Module) -> None:
 
 
 def shard(module: nn.Module, device: torch.device, *methods: str, last: int | None = None) -> None:
-    """Leave each process with its part of every parameter, on ``device``: FSDP2.
+    """Leave each process with its part of every parameter, on ``device``.
 
     The parameters of a few blocks are whole while these compute, those outside the blocks from the forward pass to the
     end of the backward pass; gradients are means over the processes. What is frozen outside the blocks stays whole, so
@@ -101,6 +120,9 @@ def shard(module: nn.Module, device: torch.device, *methods: str, last: int | No
         last: the block of which backward may ask for more than the gradient of its output, by default the last one; it
             and those behind it, whose output may then have no gradient, stay whole until backward.
     """
+    if _by_deepspeed:
+        _shard_by_deepspeed(module, device, last)
+        return
     # It is about B and C, which Vim's blocks return: nobody writes into them.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (count(),))
@@ -114,8 +136,27 @@ def shard(module: nn.Module, device: torch.device, *methods: str, last: int | No
         register_fsdp_forward_method(module, method)
 
 
+def _shard_by_deepspeed(module: nn.Module, device: torch.device, last: int | None) -> None:
+    """:func:`shard`, by ZeRO-3."""
+    trained = {value: None for value in module.parameters() if value.requires_grad}  # once each, in their order
+    blocks = [block for group, is_let_go in _groups(module, last) if is_let_go or not trained for block in group]
+    inside = {value for block in blocks for value in block.parameters()}
+    partition = zero.Partition(module, blocks, [value for value in trained if value not in inside])
+    module.to(device)  # what is not partitioned
+    module.__dict__[_PARTITION] = partition
+
+
+def _partition(module: nn.Module) -> zero.Partition | None:
+    """What ZeRO-3 has made of a module, None where it has not."""
+    return module.__dict__.get(_PARTITION)
+
+
 def reshard(module: nn.Module) -> None:
     """Let go of what a forward pass without a backward pass has left whole, before the parameters change."""
+    partition = _partition(module)
+    if partition is not None:
+        partition.let_go()
+        return
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
@@ -125,6 +166,11 @@ def reshard(module: nn.Module) -> None:
 def kept_whole(module: nn.Module, last: int | None = None) -> Iterator[None]:
     """All parameters that a pass inside gathers stay whole until the end, to be differentiated by; ``last`` as it was
     for :func:`shard`."""
+    partition = _partition(module)
+    if partition is not None:
+        with partition.kept_whole():
+            yield
+        return
     if not isinstance(module, FSDPModule):
         yield
         return
@@ -138,7 +184,7 @@ def kept_whole(module: nn.Module, last: int | None = None) -> Iterator[None]:
 
 def make_whole(module: nn.Module) -> None:
     """Put the whole parameters back into a module, on the CPU, that is to be saved; a sharded one runs no more."""
-    if not isinstance(module, FSDPModule):
+    if not isinstance(module, FSDPModule) and _partition(module) is None:
         module.cpu()
         return
     reshard(module)
@@ -146,21 +192,56 @@ def make_whole(module: nn.Module) -> None:
     for part in module.modules():
         for name, value in list(part.named_parameters(recurse=False)):
             if id(value) not in made:
-                made[id(value)] = nn.Parameter(whole(value.detach()), value.requires_grad)
+                made[id(value)] = nn.Parameter(whole(own(value)), value.requires_grad)
             setattr(part, name, made[id(value)])
 
 
-def whole(value: Any) -> Any:
-    """All of a tensor of which this process has a part, on the CPU; every process must ask for it."""
+def own(value: nn.Parameter) -> Any:
+    """What this process has of a parameter, without its graph, to be changed in place."""
+    return zero.part(value) if zero.is_shared(value) else value.detach()
+
+
+def shape(value: Any) -> Any:
+    """Of the whole parameter, or of that of which :func:`own` gave this."""
+    return zero.shape(value) if zero.is_shared(value) else getattr(value, "shape", None)
+
+
+def by_deepspeed() -> bool:
+    """Whether the parts are ZeRO-3's: gradients are theirs, and an optimiser must be told by :func:`own_parts`."""
+    return _by_deepspeed
+
+
+def own_parts(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimiser of partitioned parameters, which has not stepped yet, update this process' part of them."""
+    for group in optimizer.param_groups:
+        group["params"] = [own(value) for value in group["params"]]
+    optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())  # Trainer clears the parameters' alone
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients of partitioned parameters down to a norm of ``max_norm``, and return what it was."""
+    return zero.clip_gradients([own(value) for value in parameters if zero.is_shared(value)], max_norm)
+
+
+def whole(value: Any, of: Any = None) -> Any:
+    """All of a tensor of which this process has a part, on the CPU; every process must ask for it.
+
+    Args:
+        value: what :func:`own` gave, or laid out like that, or any tensor or number that every process has.
+        of: what :func:`own` gave, where that is not ``value``.
+    """
+    of = value if of is None else of
+    if zero.is_shared(of) and isinstance(value, Tensor) and value.shape == of.shape:
+        return zero.whole(value, of)
     return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint of a module holds, whole, each tensor under one of its names; every process must ask for it."""
-    held: dict[int, tuple[str, Tensor]] = {}
+    held: dict[int, tuple[str, Any]] = {}
     for name, value in module.state_dict(keep_vars=True).items():
         held.setdefault(id(value), (name, value))
-    return {name: whole(value.detach()).contiguous() for name, value in held.values()}
+    return {name: whole(own(value)).contiguous() for name, value in held.values()}
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -168,31 +249,50 @@ def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
     held = module.state_dict(keep_vars=True)
     given = {id(held[name]): value for name, value in state.items() if name in held}
     named = {name: given[id(value)] for name, value in held.items() if id(value) in given}
-    module.load_state_dict({name: _like(value, held.get(name)) for name, value in {**state, **named}.items()})
+    module.load_state_dict({name: _taken(value, held.get(name)) for name, value in {**state, **named}.items()})
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What a checkpoint of an optimiser holds, whole; every process must ask for it."""
-    state = optimizer.state_dict()
-    of_each = {index: {name: whole(value) for name, value in held.items()} for index, held in state["state"].items()}
+    values, state = _values(optimizer), optimizer.state_dict()
+    of_each = {
+        index: {name: whole(value, values[index]) for name, value in held.items()}
+        for index, held in state["state"].items()
+    }
     return {**state, "state": of_each}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Take over what :func:`optimizer_state` gave: of sharded parameters, the part of this process."""
-    values = [value for group in optimizer.param_groups for value in group["params"]]
+    values = _values(optimizer)
     of_each = {
-        index: {name: _like(value, values[index]) for name, value in held.items()}
+        index: {name: part(value, values[index]) for name, value in held.items()}
         for index, held in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": of_each})
 
 
-def _like(value: Any, held: Tensor | None) -> Any:
-    """This process' part of ``value``, where it has a part of ``held``."""
-    if not isinstance(held, DTensor) or not isinstance(value, Tensor) or value.shape != held.shape:
+def _values(optimizer: torch.optim.Optimizer) -> list[Any]:
+    return [value for group in optimizer.param_groups for value in group["params"]]
+
+
+def part(value: Any, held: Any) -> Any:
+    """The reverse of :func:`whole`: this process' part of ``value``, where it has a part of ``held``."""
+    if not isinstance(value, Tensor) or value.shape != shape(held):
+        return value
+    if zero.is_shared(held):
+        return zero.cut(value, held)
+    if not isinstance(held, DTensor):
         return value
     return distribute_tensor(value.to(held.device), held.device_mesh, held.placements, src_data_rank=None)
+
+
+def _taken(value: Tensor, held: Any) -> Tensor:
+    """What a module shall load for its parameter ``held``; a partitioned one takes its part here and is empty."""
+    if not zero.is_shared(held) or value.shape != shape(held):
+        return part(value, held)
+    own(held).copy_(part(value, own(held)))
+    return held.detach()
 
 
 def _let_go(module: FSDPModule, after: bool, last: int | None) -> None:

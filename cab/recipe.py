@@ -58,13 +58,17 @@ class AveragedWeights:
 
     def weights(self) -> dict[str, Tensor]:
         """The averages, whole, for a checkpoint; every process must ask for them."""
-        names = (name for name, _ in self.task.named_parameters())
-        return dict(zip(names, processes.weights(self.ema.module).values(), strict=True))
+        return {
+            name: processes.whole(average, processes.own(value)).contiguous()
+            for (name, value), average in zip(self.task.named_parameters(), self.ema.module.parameters(), strict=True)
+        }
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take over what :meth:`weights` gave."""
-        names = (name for name, _ in self.task.named_parameters())
-        processes.load_weights(self.ema.module, {str(place): state[name] for place, name in enumerate(names)})
+        placed = enumerate(self.task.named_parameters())
+        self.ema.module.load_state_dict(
+            {str(place): processes.part(state[name], processes.own(value)) for place, (name, value) in placed}
+        )
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -80,11 +84,11 @@ class AveragedWeights:
         self._swap()
 
     def _trained(self) -> nn.ParameterList:
-        return nn.ParameterList(self.task.parameters())
+        return nn.ParameterList(map(processes.own, self.task.parameters()))
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for own, average in zip(self.task.parameters(), self.ema.module.parameters(), strict=True):
+        for own, average in zip(self._trained(), self.ema.module.parameters(), strict=True):
             kept = own.clone()
             own.copy_(average)
             average.copy_(kept)

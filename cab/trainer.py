@@ -69,7 +69,7 @@ class TaskTrainer(Trainer):
         mix: makes the batch that is trained on from one that was loaded.
 
     Raises:
-        UserError: the batch cannot be shared out among the processes, or there is no such device.
+        UserError: the batch cannot be shared out among the processes, there is no such device, or ZeRO-3 cannot do it.
     """
 
     loss_is_scaled_for_ga = False  # the task's loss is a mean over its batch: Trainer divides by the accumulation
@@ -94,6 +94,9 @@ class TaskTrainer(Trainer):
         self._first_bad: Tensor | None = None  # the step of the first loss that was no number, -1 before
         self._logged = (0, 0.0)  # step and seconds
         self.shards = config.shard and processes.count() > 1
+        self.by_deepspeed = self.shards and processes.by_deepspeed()
+        if self.by_deepspeed and config.optim.layer_decay < 1:  # timm's groups go by the shapes of whole parameters
+            raise UserError(f"expected optim.layer_decay=1 for DeepSpeed's ZeRO-3, got {config.optim.layer_decay}")
         super().__init__(
             model=task,
             args=_arguments(config, folder, task.aligns),
@@ -121,6 +124,8 @@ class TaskTrainer(Trainer):
             self.graphed = GraphedStep(task, dtype, self.args.gradient_accumulation_steps)
         if self.shards or self.graphed:  # nothing is left to DDP, and a graph cannot be captured of what it has wrapped
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        if self.by_deepspeed:
+            self.accelerator.clip_grad_norm_ = processes.clip_gradients
 
     def run(self, resume: bool = False) -> Outcome:
         """Train, from the folder's last checkpoint where ``resume`` and there is one, and report."""
@@ -149,7 +154,8 @@ class TaskTrainer(Trainer):
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Matrices and convolutions; not A_log, D, biases, norms, position embeddings or tokens."""
         spared = model.no_weight_decay()
-        return [name for name, parameter in model.named_parameters() if parameter.dim() > 1 and name not in spared]
+        shapes = {name: processes.shape(parameter) for name, parameter in model.named_parameters()}
+        return [name for name, shape in shapes.items() if len(shape) > 1 and name not in spared]
 
     optimizer: torch.optim.Optimizer | None
 
@@ -159,7 +165,10 @@ class TaskTrainer(Trainer):
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups = layer_decay_groups(cast(Any, self.model), optim.lr, optim.weight_decay, optim.layer_decay)
             self.optimizer = kind(groups, **options)
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        if self.by_deepspeed:
+            processes.own_parts(optimizer)
+        return optimizer
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -253,7 +262,7 @@ class TaskTrainer(Trainer):
         means: dict[str, float] = {**found, **{f"{LAYERS}{layer:02d}": value for layer, value in enumerate(layers)}}
         bridges = cast(Any, self.model).bridges
         if bridges is not None and bridges.layer_logits is not None:
-            shares = bridges.layer_logits.detach().float().softmax(dim=1)
+            shares = processes.whole(processes.own(bridges.layer_logits)).float().softmax(dim=1)
             middle = (shares @ torch.arange(float(shares.shape[1]), device=shares.device)).tolist()
             means |= {f"{LEARNED}{layer:02d}": value for layer, value in enumerate(middle)}
         if cast(Any, self.model).aligns:

@@ -466,10 +466,17 @@ def test_wandb_that_is_not_installed(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"ACCELERATE_USE_DEEPSPEED": "true"},
-            "expected torchrun, or accelerate with launch/ddp.yaml or launch/fsdp2.yaml, got "
-            "ACCELERATE_USE_DEEPSPEED=true: FSDP2 shards what ZeRO-3 would",
+        *(
+            (
+                {"ACCELERATE_USE_DEEPSPEED": "true", name: value},
+                f"expected {name}={wanted}, as launch/zero3.yaml has it, got {value}",
+            )
+            for name, wanted, value in [
+                ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3", "2"),
+                ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none", "cpu"),
+                ("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none", "nvme"),
+                ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none", "zero.json"),
+            ]
         ),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
@@ -480,7 +487,7 @@ def test_wandb_that_is_not_installed(
             "expected FSDP_OFFLOAD_PARAMS=false, as launch/fsdp2.yaml has it, got true",
         ),
     ],
-    ids=["DeepSpeed", "FSDP1", "offloading"],
+    ids=["ZeRO-2", "ZeRO-Offload", "ZeRO-Infinity", "DeepSpeed's file", "FSDP1", "offloading"],
 )
 def test_launchers_that_are_refused(
     settings: dict[str, str],
@@ -496,12 +503,29 @@ def test_launchers_that_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_accelerate_itself_is_not_asked_to_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
+@pytest.mark.parametrize("switch", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_accelerate_itself_is_not_asked_to_shard(switch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr("cab.processes.start", lambda *options: started.append(options))
+    monkeypatch.setenv("DS_ACCELERATOR", "")
+    for name, value in {switch: "true", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "taken").write_text("")
-    assert main([*distill(), "--out", str(tmp_path)]) == 2
-    assert "ACCELERATE_USE_FSDP" not in os.environ
+    assert main([*distill("device=cpu"), "--out", str(tmp_path)]) == 2
+    assert switch not in os.environ
+    assert started == [(0, True, switch == "ACCELERATE_USE_DEEPSPEED")]
+
+
+def test_deepspeed_that_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    for name, value in {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert main([*distill(), "--out", str(tmp_path / "run")]) == 2
+    expected = "cab distill: expected the packages of cab-kernels[deepspeed], got no module 'deepspeed'\n"
+    assert capsys.readouterr().err == expected
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Several processes that share a run make the run of one: the same losses, weights, schedule and files."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -45,16 +46,24 @@ SETTINGS = [
 ]
 TEXT = [*TINY_RUN, "arms=custom", "loss.schedule=stages", "loss.until=0.5", "optim.steps=4", "log_every=2"]
 SHARDED = [*SETTINGS, "shard=true", "optim.ema=0.9"]
+ZERO3 = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra deepspeed")
+SHARDING = ["fsdp2", pytest.param("zero3", marks=ZERO3)]
+# What accelerate sets for launch/zero3.yaml.
+BY_DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs"))]
 
-# Every block is gathered by itself. One run goes through, the other is interrupted in the student's training; a copy of
-# it is left, and it is resumed.
+# Every block is gathered, and every gradient reduced, by itself. One run goes through, the other is interrupted in the
+# student's training; a copy of it is left, and it is resumed.
 SHARED_OUT = """
-import functools, shutil, sys
-import cab.processes, cab.trainer
-from cab.cli import main
-cab.processes.GATHERED = 1
-cab.processes.start, cab.processes.leave = functools.cache(cab.processes.start), cab.processes.wait
+import functools, os, shutil, sys
+import cab.cli, cab.processes, cab.trainer
+cab.processes.GATHERED = cab.zero.REDUCED = 1
+launcher = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+def main(words):
+    os.environ.update(launcher)
+    return cab.cli.main(words)
+leave, cab.processes.leave = cab.processes.leave, cab.processes.wait
+cab.processes.start = functools.cache(cab.processes.start)
 *words, folder = sys.argv[1:]
 assert main([*words, f"{folder}/two"]) == 0
 advance = cab.trainer._Advance.on_step_begin
@@ -72,6 +81,7 @@ if cab.processes.rank() == 0:
     shutil.copytree(f"{folder}/cut", f"{folder}/alone")
 cab.processes.wait()
 assert main(["distill", "--resume", f"{folder}/cut"]) == 0
+leave()
 """
 
 # What a graph would replay, in the place of a graph.
@@ -109,8 +119,9 @@ def arguments(folder: Path, settings: Sequence[str]) -> list[str]:
     return ["distill", *(word for setting in settings for word in ("--set", setting)), "--out", str(folder)]
 
 
-def run_two(words: Sequence[str], program: str = "") -> list[subprocess.CompletedProcess[str]]:
-    """``torchrun --nproc-per-node 2 -m cab WORDS``, or with a program for cab, as the two processes that it starts."""
+def run_two(words: Sequence[str], program: str = "", by: str = "") -> list[subprocess.CompletedProcess[str]]:
+    """``torchrun --nproc-per-node 2 -m cab WORDS``, or with a program for cab, as the two processes that it starts; by
+    "zero3", as accelerate starts them."""
     command = ["-c", program] if program else ["-m", "cab"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -123,8 +134,10 @@ def run_two(words: Sequence[str], program: str = "") -> list[subprocess.Complete
             text=True,
             env={
                 **os.environ,
+                **(BY_DEEPSPEED if by == "zero3" else {}),
                 **{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
                 **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
+                "DS_ACCELERATOR": "cpu",  # accelerate loads DeepSpeed where it is, which says what it has to guess
             },
         )
         for rank in "01"
@@ -207,12 +220,13 @@ def test_a_replayed_step_is_not_wrapped_and_its_gradients_are_averaged(tmp_path:
     same_weights(tmp_path, "custom/checkpoint-6/model.safetensors")
 
 
+@pytest.mark.parametrize("by", SHARDING)
 @pytest.mark.parametrize("device", DEVICES)
-def test_sharded_processes_train_as_one_does_and_resume_exactly(tmp_path: Path, device: str) -> None:
+def test_sharded_processes_train_as_one_does_and_resume_exactly(tmp_path: Path, device: str, by: str) -> None:
     """On two processes bit for bit; on one, which holds the models whole, to rounding."""
     settings = [*SHARDED, f"device={device}"]
     assert main(arguments(tmp_path / "one", settings)) == 0
-    for process in run_two(arguments(tmp_path, settings), SHARED_OUT):
+    for process in run_two(arguments(tmp_path, settings), SHARED_OUT, by):
         assert process.returncode == 0, process.stderr
     same_files(tmp_path)
     same_metrics(tmp_path)
@@ -238,14 +252,27 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.parametrize("by", SHARDING)
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_sharded_block_whose_output_has_no_gradient_is_whole_in_backward(tmp_path: Path, device: str) -> None:
-    """Attention behind the last Mamba block, whose B and C alone have a gradient while the alignment is the loss."""
-    hybrid = ["student.name=bamba", "student.depth=3", "student.attention=2", "student.heads=2", "student.head_dim=16"]
+def test_a_sharded_block_whose_output_has_no_gradient_is_whole_in_backward(
+    tmp_path: Path, device: str, by: str
+) -> None:
+    """Attention behind the last Mamba block, whose B and C alone have a gradient while the alignment is the loss.
+
+    The layer map is learned, and logs read it between the passes.
+    """
+    hybrid = [
+        "bridge.layer_map=learned",
+        "student.name=bamba",
+        "student.depth=3",
+        "student.attention=2",
+        "student.heads=2",
+        "student.head_dim=16",
+    ]
     settings = ["--preset", "lm-local", *arguments(tmp_path / "one", [*TEXT, *hybrid, f"device={device}"])[1:]]
     settings += ["--set", "precision=float32", "--set", "shard=true"]
     assert main(["distill", *settings]) == 0
-    for process in run_two(["distill", *settings, "--out", str(tmp_path / "two")], EACH_BLOCK):
+    for process in run_two(["distill", *settings, "--out", str(tmp_path / "two")], EACH_BLOCK, by):
         assert process.returncode == 0, process.stderr
     same_metrics(tmp_path)
     same_weights(tmp_path, "custom/student/model.safetensors")
@@ -282,15 +309,98 @@ def test_processes_average_gradients_and_hold_their_parts() -> None:
         assert process.returncode == 0, process.stderr
 
 
+PARTITIONED = """
+import copy, gc, os, weakref
+import torch
+from torch import nn
+os.environ["DS_ACCELERATOR"] = "cpu"
+import cab.processes as processes
+import cab.zero as zero
+processes.GATHERED = 1
+processes.start(0, cpu=True, by_deepspeed=True)
+seen = []
+class Block(nn.Linear):
+    def forward(self, x):
+        seen.append([block.weight.numel() for block in model.blocks])
+        return super().forward(x)
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(5, 5, bias=False) for _ in range(3))
+        self.scale, self.unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4))
+        self.head = nn.Linear(5, 2, bias=False).requires_grad_(False)
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x) * self.scale.sum()
+def sizes():
+    return {name: value.numel() for name, value in model.named_parameters()}
+torch.manual_seed(0)
+model, inputs = Model(), torch.randn(2, 7, 5)
+whole, teacher = copy.deepcopy(model), copy.deepcopy(model).requires_grad_(False)
+for x in inputs:
+    (whole(x).square().mean() / 2).backward()
+empty = {name: 0 for name in sizes()} | {"head.weight": 10}
+seen.clear()
+
+processes.shard(model, torch.device("cpu"))
+assert sizes() == empty
+assert [len(processes.own(value)) for value in model.parameters()][:5] == [2, 2, 13, 13, 13], "a half, rounded up"
+for passes in (1, 2, 3):
+    model(inputs[processes.rank()]).square().mean().backward()
+    assert sizes() == empty, "all let go of after backward"
+    for name, value in model.named_parameters():
+        part, expected = processes.own(value), whole.get_parameter(name).grad
+        assert value.grad is None
+        if expected is None:
+            assert part.grad is None, name
+        else:
+            torch.testing.assert_close(zero.whole(part.grad, part), passes * expected)
+assert seen[:3] == [[25, 0, 25], [0, 25, 25], [0, 0, 25]], seen
+with processes.kept_whole(model):
+    assert sizes() == {name: value.numel() for name, value in whole.named_parameters()}
+    model(inputs[0])
+    assert sizes() == {name: value.numel() for name, value in whole.named_parameters()}
+assert sizes() == empty
+seen.clear()
+model(inputs[0])
+assert seen == [[25, 0, 25], [0, 25, 25], [0, 0, 25]], seen
+
+block, model = weakref.ref(model.blocks[0]), teacher
+processes.shard(model, torch.device("cpu"))
+gc.collect()
+assert block() is None, "an earlier model of the run is kept"
+assert sizes() == {name: 0 if name.startswith("blocks") else value.numel() for name, value in whole.named_parameters()}
+seen.clear()
+with torch.no_grad():
+    for x in inputs:
+        torch.testing.assert_close(model(x), whole(x))
+assert seen[0] == [25, 0, 0] and seen[2] == [0, 0, 25], seen
+processes.leave()
+"""
+
+
+@ZERO3
+def test_zero3_holds_parts_of_parameters_and_gradients() -> None:
+    """A block of a trained model is whole while it computes, the last one until backward ends; a frozen model's too."""
+    for process in run_two([], PARTITIONED):
+        assert process.returncode == 0, process.stderr
+
+
 @pytest.mark.parametrize(
-    ("name", "kind"), [("ddp.yaml", DistributedType.MULTI_GPU), ("fsdp2.yaml", DistributedType.FSDP)]
+    ("name", "kind"),
+    [
+        ("ddp.yaml", DistributedType.MULTI_GPU),
+        ("fsdp2.yaml", DistributedType.FSDP),
+        ("zero3.yaml", DistributedType.DEEPSPEED),
+    ],
 )
 def test_the_shipped_configurations_are_accelerate_s(name: str, kind: DistributedType) -> None:
     config = load_config_from_file(str(LAUNCH / name))
     assert (config.distributed_type, config.num_machines) == (kind, 1)
 
 
-@pytest.mark.parametrize("name", ["ddp.yaml", "fsdp2.yaml"])
+@pytest.mark.parametrize("name", ["ddp.yaml", "fsdp2.yaml", pytest.param("zero3.yaml", marks=ZERO3)])
 @pytest.mark.parametrize("device", DEVICES)
 def test_accelerate_launches_a_run_on_text_in_stages(tmp_path: Path, name: str, device: str) -> None:
     settings = [*TEXT, f"device={device}", "precision=float32"]
@@ -300,7 +410,7 @@ def test_accelerate_launches_a_run_on_text_in_stages(tmp_path: Path, name: str, 
     two = launched(name, ["distill", *words])
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("student reads ") == 1
-    assert ("\nshard: true " in (tmp_path / "two" / "config.yaml").read_text()) == (name == "fsdp2.yaml")
+    assert ("\nshard: true " in (tmp_path / "two" / "config.yaml").read_text()) == (name != "ddp.yaml")
     assert len(list((tmp_path / "two" / "custom" / "checkpoint-4").glob("rng_state_*"))) == 2
     metrics = [entry for entry in same_metrics(tmp_path) if entry["split"] == "train"]
     assert [entry["align_weight"] > 0 for entry in metrics] == [True, False]

@@ -160,6 +160,15 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
         trainer(tiny(), splits, tmp_path)
 
 
+def test_learning_rates_by_layer_are_refused_under_zero3(
+    splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cab.processes.count", lambda: 2)
+    monkeypatch.setattr("cab.processes.by_deepspeed", lambda: True)
+    with pytest.raises(UserError, match=r"^expected optim\.layer_decay=1 for DeepSpeed's ZeRO-3, got 0\.5$"):
+        trainer(tiny("cab", "shard=true", "optim.layer_decay=0.5"), splits, tmp_path)
+
+
 def test_the_launcher_s_precision_does_not_replace_the_run_s(
     splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -198,7 +198,7 @@ class VisionMamba(ImageStudent):
 def _resample_position_embedding(model: VisionMamba, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Fit the position embedding of a checkpoint to this model's grid; that of the class token stays as it is."""
     name = f"{prefix}pos_embed"
-    if name not in state or state[name].shape[1] == model.pos_embed.shape[1]:
+    if name not in state or state[name].shape == model.pos_embed.shape:
         return
     stored = state[name]
     side = math.isqrt(stored.shape[1] - 1)
