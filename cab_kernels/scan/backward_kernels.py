@@ -43,7 +43,6 @@ from cab_kernels.scan.device_kernels import (
 from cab_kernels.scan.forward_kernels import (
     channels_of,
     direction_of,
-    load_constant_b,
     load_matrix,
     one_of,
     place_in,
@@ -144,7 +143,7 @@ def _selective_scan_bwd_kernel(
     if delta_bias_ptr is not None:
         bias = tl.load(one_of(delta_bias_ptr, second, BOTH) + row).to(tl.float32)
     if B_ptr is not None:
-        B_constant = load_constant_b(B_ptr, base, edge, dstate, lane, state, S, R, NT, NATIVE)
+        B_constant = load_matrix(B_ptr, base, edge, 0, dstate, lane, state, S, R, NT, NATIVE)
     if C_ptr is not None:
         C_constant = load_matrix(C_ptr, base, edge, 0, dstate, lane, state, S, R, NT, NATIVE)
     zeros = ()
@@ -240,7 +239,7 @@ def _selective_scan_bwd_kernel(
         dy = ()
         for i in tl.static_range(STEPS):
             d = step_size(x[i], bias, now + i < limit, SOFTPLUS, NATIVE)
-            dt = dt + (d,)
+            dt = dt + (exponent(d, NATIVE),)
             dtu = dtu + (d * u[i],)
             g = dout[i]
             if z_ptr is not None:
@@ -371,8 +370,8 @@ def _selective_scan_bwd_kernel(
         dus = ()
         ddeltas = ()
         for i in tl.static_range(STEPS):
-            dus = dus + (dxs[i] * dt[i] + D * dy[i],)
-            g = dexps[i] + dxs[i] * exponent(u[i], NATIVE)
+            dus = dus + (dxs[i] * from_exponent(dt[i], NATIVE) + D * dy[i],)
+            g = dexps[i] + dxs[i] * u[i]
             if SOFTPLUS:
                 g *= sigmoid(x[i] + bias, NATIVE)
             g = tl.where(now + i < limit, g, 0.0)
@@ -387,7 +386,10 @@ def _selective_scan_bwd_kernel(
         keep_touched(kept, total_rows >> 31)
     parts = task * parts_width
     if dA_ptr is not None:
-        store_matrix(dA_ptr + parts, base, edge, 0, dstate, lane, state, dA, S, R, NT, NATIVE)
+        dA_values = ()
+        for i in tl.static_range(U):
+            dA_values = dA_values + (from_exponent(dA[i], NATIVE),)
+        store_matrix(dA_ptr + parts, base, edge, 0, dstate, lane, state, dA_values, S, R, NT, NATIVE)
     if B_ptr is not None and dB_ptr is not None:
         store_matrix(dB_ptr + parts, base, edge, 0, dstate, lane, state, dB, S, R, NT, NATIVE)
     if C_ptr is not None and dC_ptr is not None:
@@ -408,12 +410,9 @@ def _selective_scan_bwd_kernel(
 @jit
 def _sum_parts_kernel(
     parts_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, end_dA, end_dB, end_dC, end_dD, end_dbias, tasks,
-    NATIVE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Owns BLOCK of the parameters' gradients, side by side: adds up what the tasks gave them, in a fixed order.
-
-    Those of A and B come in the unit that steps have.
-    """
+    """Owns BLOCK of the parameters' gradients, side by side: adds up what the tasks gave them, in a fixed order."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.arange(0, ROWS)[:, None]
     total = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -422,10 +421,9 @@ def _sum_parts_kernel(
         total += tl.load(at, mask=(task + row < tasks) & (column < end_dbias), other=0.0)
     total = tl.sum(total, 0)
     if dA_ptr is not None:
-        tl.store(dA_ptr + column, from_exponent(total, NATIVE), mask=column < end_dA)
+        tl.store(dA_ptr + column, total, mask=column < end_dA)
     if dB_ptr is not None:
-        of_B = (column >= end_dA) & (column < end_dB)
-        tl.store(dB_ptr + (column - end_dA), from_exponent(total, NATIVE), mask=of_B)
+        tl.store(dB_ptr + (column - end_dA), total, mask=(column >= end_dA) & (column < end_dB))
     if dC_ptr is not None:
         tl.store(dC_ptr + (column - end_dB), total, mask=(column >= end_dB) & (column < end_dC))
     if dD_ptr is not None:
@@ -467,12 +465,11 @@ def _sum_rows_kernel(
     dB_BY_STEP: tl.constexpr,
     dC_BY_STEP: tl.constexpr,
     BOTH: tl.constexpr,
-    NATIVE: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Owns BLOCK steps of a sequence and group: adds up what the group's blocks of channels, ROWS at a time, gave dB,
-    in the unit that steps have, and dC.
+    """Owns BLOCK steps of a sequence and group: adds up what the group's blocks of channels, ROWS at a time, gave dB
+    and dC.
 
     Of its ``blocks``, those from first_block to end_block, which share drows_ptr and have the groups of the grid; if
     the blocks of a group take turns, sums_ptr, (groups, rows, 2 N), carries the sum from one slice of them to the next.
@@ -518,7 +515,6 @@ def _sum_rows_kernel(
     of_direction = group - tl.where(second, groups // 2, 0)
     if dB_ptr is not None:
         dB_ptr = one_of(dB_ptr, second, BOTH)
-        total_B = from_exponent(total_B, NATIVE)
         _store_rows_to(dB_ptr, strides_dB, batch, of_direction, state, time, steps < count, dstate, total_B, dB_BY_STEP)
     if dC_ptr is not None:
         dC_ptr = one_of(dC_ptr, second, BOTH)

@@ -54,12 +54,11 @@ def reciprocal(x, NATIVE: tl.constexpr):
 
 @triton.jit
 def softplus(x, NATIVE: tl.constexpr):
-    """log(1 + exp(x)) in the unit that ``power`` takes, to a few units in the last place, however negative x is.
+    """log(1 + exp(x)) to a few units in the last place for every x, however negative.
 
     max(x, 0) + log1p(e) with e = exp(-|x|), and log1p(e) = e + e * e * series(e), to 5e-9 of its value.
     """
-    x = exponent(x, NATIVE)
-    e = power(-tl.abs(x), NATIVE)
+    e = power(-tl.abs(exponent(x, NATIVE)), NATIVE)
     series = -0.0033184717 * e + 0.020204582
     series = series * e - 0.057664435
     series = series * e + 0.10680554
@@ -68,7 +67,7 @@ def softplus(x, NATIVE: tl.constexpr):
     series = series * e - 0.24958587
     series = series * e + 0.3333051
     series = series * e - 0.49999933
-    return exponent((series * e) * e + e, NATIVE) + tl.maximum(x, 0.0)
+    return (series * e) * e + e + tl.maximum(x, 0.0)
 
 
 @triton.jit

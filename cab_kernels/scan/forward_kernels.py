@@ -25,7 +25,6 @@ import triton.language as tl
 from cab_kernels.scan.device_kernels import (
     exponent,
     fold_states,
-    from_exponent,
     from_lane,
     jit,
     keep_touched,
@@ -158,18 +157,6 @@ def load_matrix(
 
 
 @triton.jit
-def load_constant_b(
-    ptr, base, edge, dstate, lane, states, S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr
-):
-    """A lane's part of a constant B, for the unit that steps have, as ``_pack_kernel`` lays out others."""
-    B = load_matrix(ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
-    values = ()
-    for i in tl.static_range(R * NT):
-        values = values + (from_exponent(B[i], NATIVE),)
-    return values
-
-
-@triton.jit
 def store_matrix(
     ptr,
     base,
@@ -194,12 +181,10 @@ def store_matrix(
 
 @triton.jit
 def step_size(x, bias, valid, SOFTPLUS: tl.constexpr, NATIVE: tl.constexpr):
-    """delta' in the unit that ``power`` takes, zero where there is no step: such a step changes no state."""
+    """delta', zero where there is no step: such a step changes no state."""
     x += bias
     if SOFTPLUS:
         x = softplus(x, NATIVE)
-    else:
-        x = exponent(x, NATIVE)
     return tl.where(valid, x, 0.0)
 
 
@@ -274,7 +259,7 @@ def _selective_scan_fwd_kernel(
     if delta_bias_ptr is not None:
         bias = tl.load(one_of(delta_bias_ptr, second, BOTH) + row).to(tl.float32)
     if B_ptr is not None:
-        B_constant = load_constant_b(B_ptr, base, edge, dstate, lane, states, S, R, NT, NATIVE)
+        B_constant = load_matrix(B_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
     if C_ptr is not None:
         C_constant = load_matrix(C_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
     u_ptr = one_of(u_ptr, second, BOTH)
@@ -343,7 +328,7 @@ def _selective_scan_fwd_kernel(
             dtu = ()
             for i in tl.static_range(STEPS):
                 d = step_size(x[i], bias, now + i < limit, SOFTPLUS, NATIVE)
-                dt = dt + (d,)
+                dt = dt + (exponent(d, NATIVE),)
                 dtu = dtu + (d * u[i],)
             ys = ()
             for k in tl.static_range(T):
@@ -436,13 +421,11 @@ def _pack_kernel(
     B_BY_STEP: tl.constexpr,
     C_BY_STEP: tl.constexpr,
     BOTH: tl.constexpr,
-    NATIVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Owns BLOCK steps of a sequence and group: lays B and C side by side, in the order of the scan, then zeros.
 
-    Each comes in ORDERS orders: in the q-th, state n stands at ``n ^ q``. B is what a state gains by a unit of time,
-    which is that of the steps, see ``step_size``.
+    Each comes in ORDERS orders: in the q-th, state n stands at ``n ^ q``.
     """
     steps = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     sequence = tl.program_id(0).to(tl.int64)
@@ -469,7 +452,7 @@ def _pack_kernel(
         for order in tl.static_range(ORDERS):
             from_state = state ^ order
             B = _load_rows_of(B_ptr, strides_B, batch, of_direction, from_state, time, steps < count, dstate, B_BY_STEP)
-            tl.store(at + (order * N + state)[None, :], from_exponent(B, NATIVE), mask=padded)
+            tl.store(at + (order * N + state)[None, :], B, mask=padded)
     if C_ptr is not None:
         C_ptr = one_of(C_ptr, second, BOTH)
         for order in tl.static_range(ORDERS):

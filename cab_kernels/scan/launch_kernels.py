@@ -181,7 +181,6 @@ class Call:
             B_BY_STEP=is_by_step(B),
             C_BY_STEP=is_by_step(C),
             BOTH=self.both,
-            NATIVE=self.native,
             BLOCK=block,
             num_warps=4,
             enable_fp_fusion=True,

@@ -9,6 +9,7 @@ All spans are swept at once, and ``_chain_kernel`` puts their parts together, on
 import triton.language as tl
 
 from cab_kernels.scan.device_kernels import (
+    exponent,
     from_lane,
     jit,
     keep_touched,
@@ -28,7 +29,6 @@ from cab_kernels.scan.device_kernels import (
 from cab_kernels.scan.forward_kernels import (
     channels_of,
     direction_of,
-    load_constant_b,
     load_matrix,
     one_of,
     row_of,
@@ -83,7 +83,7 @@ def _sweep_kernel(
     if delta_bias_ptr is not None:
         bias = tl.load(one_of(delta_bias_ptr, second, BOTH) + row).to(tl.float32)
     if B_ptr is not None:
-        B_constant = load_constant_b(B_ptr, base, edge, dstate, lane, states, S, R, NT, NATIVE)
+        B_constant = load_matrix(B_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
     if C_ptr is not None:
         C_constant = load_matrix(C_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
     zeros = ()
@@ -138,8 +138,8 @@ def _sweep_kernel(
         dy = ()
         for i in tl.static_range(STEPS):
             d = step_size(x[i], bias, now + i < limit, SOFTPLUS, NATIVE)
-            elapsed += d
-            dt = dt + (d,)
+            dt = dt + (exponent(d, NATIVE),)
+            elapsed += dt[i]
             dtu = dtu + (d * u[i],)
             if ADJOINT:
                 g = dout[i]
