@@ -15,7 +15,7 @@ def describe_machine() -> str:
 
     gpu = f"no GPU, {platform.machine()}"
     if torch.cuda.is_available():
-        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        driver, _, _ = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")
         gpu = f"{torch.cuda.get_device_name()}, driver {driver}"
     versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}, Triton {triton.__version__}"
     commit = _output("git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "--short", "HEAD")
