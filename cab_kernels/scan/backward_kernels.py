@@ -12,6 +12,8 @@ dB or dC a lane and step, which goes to a row of the block's own in ``drows``; `
 
 The states of an iteration are computed again from the one before it, which ``_sweep_kernel`` has written down, and stay
 in registers, with their decays, while the iteration is walked back.
+
+Steps' sizes, and so dA until it is stored, come in the unit that ``power`` takes.
 """
 
 import triton

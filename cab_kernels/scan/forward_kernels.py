@@ -10,9 +10,9 @@ delta and A here)::
 How a warp shares this out. ``S`` lanes share a channel and hold ``NT`` of its states each, in registers; each works on
 ``R`` neighbouring channels, so a warp has ``32 / S * R`` of them, and time is a plain loop. What is per channel and
 step (softplus, gate, loads and stores) would be done S times over: so an iteration takes ``STEPS * PARTS`` steps, and
-a lane owns ``STEPS`` of them of one of its R channels. It hands delta' and delta' u to the lanes of its channel by
-shuffles, and the lanes' parts of y come back to it by folds (``fold_states``). The r-th channel of a lane is
-``lane ^ r`` among its R, so that these folds need no selects.
+a lane owns ``STEPS`` of them of one of its R channels. It hands delta', in the unit that ``power`` takes, and
+delta' u to the lanes of its channel by shuffles, and the lanes' parts of y come back to it by folds (``fold_states``).
+The r-th channel of a lane is ``lane ^ r`` among its R, so that these folds need no selects.
 
 B and C are read by step, all states side by side, in float32: ``_pack_kernel`` lays them out so, once a call, in the
 order of the scan. The loads of an iteration are issued one iteration ahead: with a few warps a scheduler, latency
