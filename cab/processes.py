@@ -3,6 +3,7 @@ a model out: by FSDP2, or by DeepSpeed's ZeRO-3 (:mod:`cab.zero`) where that was
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ Value = TypeVar("Value")
 
 # Parameters, at least, that are gathered at a time: small blocks are not worth an exchange each.
 GATHERED = 2**23
+SETTLED = 0.1  # seconds after which gloo has let go of what it exchanged
 
 _PARTITION = "_cab_partition"  # where a module has it
 _by_deepspeed = False  # the launcher's choice, for all models of the run
@@ -50,8 +52,10 @@ def start(local_rank: int, cpu: bool, by_deepspeed: bool = False) -> None:
 def leave() -> None:
     """Part from the other processes when all have come this far."""
     if count() > 1:
-        if _by_deepspeed:
-            zero.settle()
+        if dist.get_backend() == "gloo":
+            # Its threads need Python's lock to let go of the last tensors that were exchanged. If a barrier comes
+            # first, they pass them on to it, and one that would free them when Python has begun to end aborts.
+            time.sleep(SETTLED)
         wait()
         dist.destroy_process_group()
 

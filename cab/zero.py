@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import time
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -33,16 +32,6 @@ def start() -> None:
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
     deepspeed.ops.__compatible_ops__ = {}  # on a CPU it would compile collectives of its own first
     deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False)
-
-
-def settle() -> None:
-    """Give gloo's threads the time to let go of the last tensors that were gathered.
-
-    Such a thread needs Python's lock for that. If a barrier comes first, it passes them on to the barrier, and a thread
-    that would free them when Python has begun to end aborts the process.
-    """
-    if dist.get_backend() == "gloo":
-        time.sleep(0.1)
 
 
 class Partition:
