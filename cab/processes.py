@@ -270,7 +270,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     """Take over what :func:`optimizer_state` gave: of sharded parameters, the part of this process."""
     values = _values(optimizer)
     of_each = {
-        index: {name: part(value, values[index]) for name, value in held.items()}
+        index: {name: cut(value, values[index]) for name, value in held.items()}
         for index, held in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": of_each})
@@ -280,7 +280,7 @@ def _values(optimizer: torch.optim.Optimizer) -> list[Any]:
     return [value for group in optimizer.param_groups for value in group["params"]]
 
 
-def part(value: Any, held: Any) -> Any:
+def cut(value: Any, held: Any) -> Any:
     """The reverse of :func:`whole`: this process' part of ``value``, where it has a part of ``held``."""
     if not isinstance(value, Tensor) or value.shape != shape(held):
         return value
@@ -294,8 +294,8 @@ def part(value: Any, held: Any) -> Any:
 def _taken(value: Tensor, held: Any) -> Tensor:
     """What a module shall load for its parameter ``held``; a partitioned one takes its part here and is empty."""
     if not zero.is_shared(held) or value.shape != shape(held):
-        return part(value, held)
-    own(held).copy_(part(value, own(held)))
+        return cut(value, held)
+    own(held).copy_(cut(value, own(held)))
     return held.detach()
 
 

@@ -67,7 +67,7 @@ class AveragedWeights:
         """Take over what :meth:`weights` gave."""
         placed = enumerate(self.task.named_parameters())
         self.ema.module.load_state_dict(
-            {str(place): processes.part(state[name], processes.own(value)) for place, (name, value) in placed}
+            {str(place): processes.cut(state[name], processes.own(value)) for place, (name, value) in placed}
         )
 
     @contextmanager

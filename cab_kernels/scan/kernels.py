@@ -10,7 +10,6 @@ from torch import Tensor
 from cab_kernels.scan.backward_kernels import _selective_scan_bwd_kernel, _sum_parts_kernel, _sum_rows_kernel
 from cab_kernels.scan.forward_kernels import _selective_scan_fwd_kernel
 from cab_kernels.scan.launch_kernels import (
-    PAD,
     Call,
     Tiling,
     contiguous,
@@ -274,26 +273,17 @@ def _sum_rows(call: Call, drows, sums, dB, dC, blocks: int, slice_: range) -> No
         sums_ptr=sums,
         dB_ptr=pointer_of(dB),
         dC_ptr=pointer_of(dC),
-        cu_seqlens_ptr=call.cu_seqlens,
-        length=call.length,
-        total_rows=call.total_rows,
-        dstate=call.dstate,
         groups=call.groups,
         blocks=blocks,
         first_block=slice_.start,
         end_block=slice_.stop,
         strides_dB=strides_of(dB),
         strides_dC=strides_of(dC),
-        N=call.N,
-        PAD=PAD,
-        REVERSE=call.reverse,
         dB_BY_STEP=is_by_step(dB),
         dC_BY_STEP=is_by_step(dC),
-        BOTH=call.both,
         BLOCK=block,
         ROWS=at_once // block,
-        num_warps=4,
-        enable_fp_fusion=True,
+        **call.of_rows(),
     )
 
 

@@ -157,6 +157,21 @@ class Call:
             **({"maxnreg": tiling.registers} if self.native and tiling.registers else {}),
         }
 
+    def of_rows(self) -> dict[str, object]:
+        """What a kernel that owns steps of a sequence and group must know of rows of B and C, and where those are."""
+        return {
+            "cu_seqlens_ptr": self.cu_seqlens,
+            "length": self.length,
+            "total_rows": self.total_rows,
+            "dstate": self.dstate,
+            "N": self.N,
+            "PAD": PAD,
+            "REVERSE": self.reverse,
+            "BOTH": self.both,
+            "num_warps": 4,
+            "enable_fp_fusion": True,
+        }
+
     def pack(self, orders: int = 1) -> None:
         """Lay B and C out by step, in float32, in the order of the scan, and each in so many orders of its states."""
         B, C = (None if is_constant(matrix) else matrix for matrix in (self.B, self.C))
@@ -168,22 +183,13 @@ class Call:
             B_ptr=pointer_of(B),
             C_ptr=pointer_of(C),
             rows_ptr=self.rows,
-            cu_seqlens_ptr=self.cu_seqlens,
-            length=self.length,
-            total_rows=self.total_rows,
-            dstate=self.dstate,
             strides_B=strides_of(B),
             strides_C=strides_of(C),
-            N=self.N,
             ORDERS=orders,
-            PAD=PAD,
-            REVERSE=self.reverse,
             B_BY_STEP=is_by_step(B),
             C_BY_STEP=is_by_step(C),
-            BOTH=self.both,
             BLOCK=block,
-            num_warps=4,
-            enable_fp_fusion=True,
+            **self.of_rows(),
         )
 
     def chain(self, parts, decays, start, backward: bool, channels: tuple[int, int], size: int) -> None:
