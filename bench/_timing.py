@@ -47,13 +47,19 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / do_bench(lambda: target.copy_(source), return_mode="median")
 
 
-def print_kernels(step: Callable[[], object], count: int) -> None:
-    """The launches of a step that has run before, and its ``count`` largest kernels."""
+def kernels_of(step: Callable[[], object], steps: int = 1) -> list:
+    """The profiler's sums for each kernel that ran in so many steps, the largest first; the driver's calls left out."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-        step()
+        for _ in range(steps):
+            step()
         torch.cuda.synchronize()
     of_device = (event for event in trace.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
-    kernels = sorted(of_device, key=lambda event: -event.self_device_time_total)  # without the driver's calls
+    return sorted(of_device, key=lambda event: -event.self_device_time_total)
+
+
+def print_kernels(step: Callable[[], object], count: int) -> None:
+    """The launches of a step that has run before, and its ``count`` largest kernels."""
+    kernels = kernels_of(step)
     total = sum(event.self_device_time_total for event in kernels) / 1000
     launches = sum(event.count for event in kernels)
     print(f"{launches} launches, {total:.1f} ms on the device:")

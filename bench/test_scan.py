@@ -6,6 +6,9 @@ side, the only ones that it does not copy; else its recorded figures, on the GPU
 written once, at the rate of a large copy; and an exponential for each batch, channel, step and state, at 16 a clock on
 each multiprocessor of an H100. All options are on: D, z, delta_bias, softplus. What is launched from Python, and the
 definition, are timed for the table alone, not for the sweep.
+
+Below 0.05 ms a replay is mostly the launches of its kernels, and the sum of the kernels' own times, by torch.profiler,
+is what is compared, where both are known.
 """
 
 from __future__ import annotations
@@ -19,12 +22,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from _timing import copy_bandwidth
+from _timing import copy_bandwidth, kernels_of
 
 from cab_kernels import bidirectional_selective_scan_fn, selective_scan_fn, selective_scan_ref
 
 RECORDED = json.loads((pathlib.Path(__file__).parent / "recorded" / "selective_scan_h100.json").read_text())
 EXPONENTIALS_PER_MS = 16 * 132 * 1.755e6
+LAUNCHES_RULE = 0.05  # ms: below, kernels are compared by their own times
 REFERENCE_NUMBERS = 1e9  # the definition keeps the states of a chunk: beyond this, it takes minutes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -43,7 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def headed(report: Callable[[str], None]) -> None:
     report(f"Rival, where recorded: {RECORDED['machine']}")
-    report("Times and ratios: replayed as a CUDA graph / launched from Python")
+    report("Times: replayed as a CUDA graph [its kernels alone, compared where short] / launched from Python")
     report("| shape, dtype, layout | what | ms | rival ms | ratio | definition ms | floor ms | of floor |")
     report("|---|---|---|---|---|---|---|---|")
 
@@ -109,17 +113,23 @@ def graphed(function: Callable[[], object], stream: torch.cuda.Stream) -> Callab
 
 
 class Times(NamedTuple):
-    """Milliseconds of forward and of backward alone, replayed as a CUDA graph and, if asked for, from Python."""
+    """Milliseconds of forward and of backward alone: replayed as a CUDA graph; the sum of the graph's kernels, where it
+    is short and was timed here; and, if asked for, launched from Python.
+    """
 
     graph: tuple[float, float]
-    eager: tuple[float, float] | None
+    kernels: tuple[float | None, float | None] = (None, None)
+    eager: tuple[float, float] | None = None
 
     def text(self, way: int) -> str:
-        return f"{self.graph[way]:.4f}" + (f" / {self.eager[way]:.4f}" if self.eager else "")
+        kernels = "" if self.kernels[way] is None else f" [{self.kernels[way]:.4f}]"
+        return f"{self.graph[way]:.4f}" + kernels + (f" / {self.eager[way]:.4f}" if self.eager else "")
 
     def over(self, other: Times, way: int) -> str:
         """How many times as long these took."""
-        ratio = f"{self.graph[way] / other.graph[way]:.2f}"
+        these, others = (times.kernels[way] for times in (self, other))
+        short = these is not None and others is not None
+        ratio = f"[{these / others:.2f}]" if short else f"{self.graph[way] / other.graph[way]:.2f}"
         return ratio + (f" / {self.eager[way] / other.eager[way]:.2f}" if self.eager and other.eager else "")
 
 
@@ -144,7 +154,7 @@ def time_rival(name: str, eager: bool) -> Times:
     extension = cuda_extension()
     if extension is None:
         recorded = tuple(RECORDED["table"].get(name) or RECORDED["sweep"][name])
-        return Times(recorded, recorded if eager else None)
+        return Times(recorded, eager=recorded if eager else None)
     return time_both(extension, make_inputs(*sizes_of(name), "length-contiguous"), eager)
 
 
@@ -163,8 +173,17 @@ def time_both(scan: Callable, inputs: dict, eager: bool = True) -> Times:
             return torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
         from_python = (median(forward), median(backward)) if eager else None
-        graphs = [graphed(function, stream) for function in (forward, backward)]
-        return Times((median(graphs[0]), median(graphs[1])), from_python)
+        replays = [graphed(function, stream) for function in (forward, backward)]
+        graph = (median(replays[0]), median(replays[1]))
+        kernels = tuple(
+            kernel_time(replay) if ms < LAUNCHES_RULE else None for replay, ms in zip(replays, graph, strict=True)
+        )
+        return Times(graph, kernels, from_python)
+
+
+def kernel_time(replay: Callable[[], None], times: int = 10) -> float:
+    """Milliseconds of the kernels of a graph, one after the other, without what lies between them."""
+    return sum(event.self_device_time_total for event in kernels_of(replay, times)) / times / 1000
 
 
 def bidirectional(way: Callable) -> Callable:

@@ -90,17 +90,17 @@ def _selective_scan_bwd_kernel(
     du_ptr, ddelta_ptr, dz_ptr, drows_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, dinitial_ptr,
     strides_u, strides_delta, strides_z, strides_dout, strides_before, strides_du, strides_ddelta, strides_dz,
     length, channels, groups, dim, dstate, sequences, blocks, total_rows,
-    first_block, first_channel, befores_dim, parts_width,
+    first_block, first_channel, befores_dim, parts_width, size,
     STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_DOUT: tl.constexpr,
     STRIDE_BEFORE: tl.constexpr, STRIDE_DU: tl.constexpr, STRIDE_DDELTA: tl.constexpr, STRIDE_DZ: tl.constexpr,
-    LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_DOUT: tl.constexpr,
-    LAYOUT_BEFORE: tl.constexpr, LAYOUT_DU: tl.constexpr, LAYOUT_DDELTA: tl.constexpr, LAYOUT_DZ: tl.constexpr,
+    ALIGNED_U: tl.constexpr, ALIGNED_DELTA: tl.constexpr, ALIGNED_Z: tl.constexpr, ALIGNED_DOUT: tl.constexpr,
+    ALIGNED_BEFORE: tl.constexpr, ALIGNED_DU: tl.constexpr, ALIGNED_DDELTA: tl.constexpr, ALIGNED_DZ: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
-    ORDERS: tl.constexpr, SPAN: tl.constexpr, SPLIT: tl.constexpr, PAD: tl.constexpr,
+    ORDERS: tl.constexpr, SPLIT: tl.constexpr, PAD: tl.constexpr,
     BOTH: tl.constexpr, SECOND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Owns a span of a block of channels of a sequence, or all of its steps unless SPLIT; walks them back.
+    """Owns a span of ``size`` steps of a block of channels of a sequence, or all steps unless SPLIT; walks them back.
 
     Reads its inputs once and B and C twice; writes du, ddelta, dz, and its part of all sums. A gradient whose pointer
     is None is not wanted; what is before the gradient of z, if anything, is added to it.
@@ -114,9 +114,9 @@ def _selective_scan_bwd_kernel(
     pid = tl.program_id(0)
     task = (pid // blocks).to(tl.int64)
     if SPLIT:
-        sequence, span, first, count = sequence_of(pid // blocks, length, cu_seqlens_ptr, sequences, SPAN)
-        begin = span * SPAN
-        end = min(begin + SPAN, count)
+        sequence, span, first, count = sequence_of(pid // blocks, length, cu_seqlens_ptr, sequences, size)
+        begin = min(span * size, count)
+        end = min(begin + size, count)
     else:
         sequence = task
         span = 0
@@ -158,7 +158,7 @@ def _selective_scan_bwd_kernel(
     dbias = tl.zeros([1, 32], tl.float32)
     if SPLIT:
         carry = load_matrix(
-            adjoints_ptr, base, edge, (first // SPAN + sequence + span) * dim, N, lane, state, S, R, NT, NATIVE
+            adjoints_ptr, base, edge, (first // size + sequence + span) * dim, N, lane, state, S, R, NT, NATIVE
         )
     elif dlast_ptr is not None:
         carry = load_matrix(dlast_ptr, base, edge, sequence * dim, dstate, lane, state, S, R, NT, NATIVE)
@@ -195,31 +195,33 @@ def _selective_scan_bwd_kernel(
         drows = drows_ptr + ((pid % blocks).to(tl.int64) * total_rows + first + sequence * PAD) * (2 * N)
     top = tl.maximum(begin + (tl.cdiv(end - begin, T) - 1) * T, begin)
 
-    next_u = load_steps(u_row, part + top, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
-    next_delta = load_steps(delta_row, part + top, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
-    next_dout = load_steps(dout_row, part + top, limit, second, STRIDE_DOUT, STEPS, LAYOUT_DOUT, BOTH, NATIVE)
+    next_u = load_steps(u_row, part + top, limit, second, STRIDE_U, STEPS, ALIGNED_U, BOTH, NATIVE)
+    next_delta = load_steps(delta_row, part + top, limit, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, BOTH, NATIVE)
+    next_dout = load_steps(dout_row, part + top, limit, second, STRIDE_DOUT, STEPS, ALIGNED_DOUT, BOTH, NATIVE)
     if z_ptr is not None:
-        next_z = load_steps(z_row, part + top, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
+        next_z = load_steps(z_row, part + top, limit, second, STRIDE_Z, STEPS, ALIGNED_Z, BOTH, NATIVE)
     befores = (first // T + sequence) * befores_dim - first_channel
     kept = tl.zeros([1, 32], tl.int32)
-    touched = ()
-    for _ in tl.static_range(TOUCHED):
-        touched = touched + (kept,)
+    if NATIVE:
+        touched = touch_rows(all_rows + top.to(tl.int64) * WIDTH, lane, T, WIDTH, ORDERS * N)
+        touched = touched + _touch_befores(
+            befores_ptr, befores + top // T * befores_dim, base - lane // S * R, edge, lane, U, N
+        )
     for back in range(0, end - begin, T):
         t = top - back
         now = part + t
         then = tl.maximum(t - T, begin)
-        u = take_steps(next_u, second, STRIDE_U, STEPS, LAYOUT_U, BOTH)
-        x = take_steps(next_delta, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH)
-        dout = take_steps(next_dout, second, STRIDE_DOUT, STEPS, LAYOUT_DOUT, BOTH)
-        next_u = load_steps(u_row, part + then, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
-        next_delta = load_steps(delta_row, part + then, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
-        next_dout = load_steps(dout_row, part + then, limit, second, STRIDE_DOUT, STEPS, LAYOUT_DOUT, BOTH, NATIVE)
+        u = take_steps(next_u, second, STRIDE_U, STEPS, ALIGNED_U, BOTH)
+        x = take_steps(next_delta, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, BOTH)
+        dout = take_steps(next_dout, second, STRIDE_DOUT, STEPS, ALIGNED_DOUT, BOTH)
+        next_u = load_steps(u_row, part + then, limit, second, STRIDE_U, STEPS, ALIGNED_U, BOTH, NATIVE)
+        next_delta = load_steps(delta_row, part + then, limit, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, BOTH, NATIVE)
+        next_dout = load_steps(dout_row, part + then, limit, second, STRIDE_DOUT, STEPS, ALIGNED_DOUT, BOTH, NATIVE)
         if z_ptr is not None:
-            z = take_steps(next_z, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH)
-            next_z = load_steps(z_row, part + then, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
+            z = take_steps(next_z, second, STRIDE_Z, STEPS, ALIGNED_Z, BOTH)
+            next_z = load_steps(z_row, part + then, limit, second, STRIDE_Z, STEPS, ALIGNED_Z, BOTH, NATIVE)
         if before_ptr is not None:
-            dz_before = load_steps(before_row, now, limit, second, STRIDE_BEFORE, STEPS, LAYOUT_BEFORE, BOTH, NATIVE)
+            dz_before = load_steps(before_row, now, limit, second, STRIDE_BEFORE, STEPS, ALIGNED_BEFORE, BOTH, NATIVE)
         rows_t = rows + t.to(tl.int64) * WIDTH
         if drows_ptr is not None:
             drows_t = drows + t.to(tl.int64) * (2 * N)
@@ -286,12 +288,12 @@ def _selective_scan_bwd_kernel(
                 slope = gate + z[i] * gate * (1.0 - gate)
                 dzs = dzs + (dout[i] * (ys[i] + D * u[i]) * slope,)
             if before_ptr is not None:
-                dz_before = take_steps(dz_before, second, STRIDE_BEFORE, STEPS, LAYOUT_BEFORE, BOTH)
+                dz_before = take_steps(dz_before, second, STRIDE_BEFORE, STEPS, ALIGNED_BEFORE, BOTH)
                 summed = ()
                 for i in tl.static_range(STEPS):
                     summed = summed + (dzs[i] + dz_before[i],)
                 dzs = summed
-            store_steps(dz_row, now, limit, dzs, second, STRIDE_DZ, STEPS, LAYOUT_DZ, BOTH, NATIVE)
+            store_steps(dz_row, now, limit, dzs, second, STRIDE_DZ, STEPS, ALIGNED_DZ, BOTH, NATIVE)
 
         # And back.
         dxs = ()
@@ -380,9 +382,9 @@ def _selective_scan_bwd_kernel(
             dbias += g
             ddeltas = ddeltas + (g,)
         if du_ptr is not None:
-            store_steps(du_row, now, limit, dus, second, STRIDE_DU, STEPS, LAYOUT_DU, BOTH, NATIVE)
+            store_steps(du_row, now, limit, dus, second, STRIDE_DU, STEPS, ALIGNED_DU, BOTH, NATIVE)
         if ddelta_ptr is not None:
-            store_steps(ddelta_row, now, limit, ddeltas, second, STRIDE_DDELTA, STEPS, LAYOUT_DDELTA, BOTH, NATIVE)
+            store_steps(ddelta_row, now, limit, ddeltas, second, STRIDE_DDELTA, STEPS, ALIGNED_DDELTA, BOTH, NATIVE)
 
     if NATIVE:
         keep_touched(kept, total_rows >> 31)

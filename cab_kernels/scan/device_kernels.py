@@ -164,23 +164,12 @@ def stack(parts, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _tile(row, first, count, STRIDE: tl.constexpr, STEPS: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointers to STEPS neighbouring numbers a lane, in the order of memory, and which of them are steps."""
-    offs = tl.arange(0, STEPS)[None, None, :]
-    if STRIDE == 1:
-        steps = first[:, :, None] + offs
-        at = row[:, :, None] + steps
-    else:
-        steps = first[:, :, None] + (STEPS - 1 - offs)
-        at = row[:, :, None] - (first[:, :, None] + (STEPS - 1)) + offs
-    if ALIGNED:
-        at = tl.max_contiguous(
-            tl.multiple_of(at, [1, 1, STEPS * row.dtype.element_ty.primitive_bitwidth // 8]), [1, 1, STEPS]
-        )
-        mask = (first < count)[:, :, None]
-    else:
-        mask = steps < count[:, :, None]
-    return at, mask
+def _tile(row, first, count, STRIDE: tl.constexpr, STEPS: tl.constexpr):
+    """Pointers to a lane's STEPS neighbouring and aligned numbers, in the order of memory, and whether they exist."""
+    at = row + (first if STRIDE == 1 else -(first + (STEPS - 1)))
+    at = at[:, :, None] + tl.arange(0, STEPS)[None, None, :]
+    at = tl.multiple_of(at, [1, 1, STEPS * row.dtype.element_ty.primitive_bitwidth // 8])
+    return tl.max_contiguous(at, [1, 1, STEPS]), (first < count)[:, :, None]
 
 
 @triton.jit
@@ -247,15 +236,6 @@ def load_numbers(at, COUNT: tl.constexpr, AGAIN: tl.constexpr, NATIVE: tl.conste
         for i in tl.static_range(COUNT):
             values = values + (tl.load(at + i),)
     return values
-
-
-@triton.jit
-def load_rows(rows, T: tl.constexpr, WIDTH: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr):
-    """A lane's NT numbers of each of T rows."""
-    tiles = ()
-    for k in tl.static_range(T):
-        tiles = tiles + (load_numbers(rows + k * WIDTH, NT, False, NATIVE),)
-    return tiles
 
 
 @triton.constexpr_function
@@ -329,11 +309,11 @@ def store_numbers(at, values, mask, COUNT: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _in_order(values, second, STRIDE: tl.constexpr, STEPS: tl.constexpr, LAYOUT: tl.constexpr, BOTH: tl.constexpr):
-    """From the order of memory to that of the scan, or back; with LAYOUT 0 and one direction, they are the same."""
+def _in_order(values, second, STRIDE: tl.constexpr, STEPS: tl.constexpr, ALIGNED: tl.constexpr, BOTH: tl.constexpr):
+    """From the order of memory to that of the scan, or back: the same if not ALIGNED, but for a second direction."""
     turned = ()
     for i in tl.static_range(STEPS):
-        if LAYOUT > 0 and STRIDE < 0:
+        if ALIGNED and STRIDE < 0:
             turned = turned + (values[STEPS - 1 - i],)
         elif BOTH and STEPS > 1:
             turned = turned + (tl.where(second, values[STEPS - 1 - i], values[i]),)
@@ -350,20 +330,19 @@ def load_steps(
     second,
     STRIDE: tl.constexpr,
     STEPS: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BOTH: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     """STEPS steps from ``first`` on of each lane's row, zero from step ``count`` on: as loaded, see ``take_steps``.
 
-    LAYOUT 0: channels lie side by side in memory, so lanes coalesce step by step. LAYOUT 1: steps lie side by side, and
-    go through shared memory. LAYOUT 2: they are aligned too, and each lane loads its own 8 or 16 bytes.
+    ALIGNED: steps lie side by side, STEPS at a time in aligned words: each lane loads its own at once.
 
-    Where BOTH directions share the launch (LAYOUT 0, STRIDE positive), the second one's rows begin with the last of
+    Where BOTH directions share the launch (not ALIGNED, STRIDE positive), the second one's rows begin with the last of
     STEPS steps, see ``row_of``: so distances within them are constants in either direction.
     """
-    if LAYOUT > 0:
-        at, mask = _tile(row, first, count, STRIDE, STEPS, LAYOUT == 2)
+    if ALIGNED:
+        at, mask = _tile(row, first, count, STRIDE, STEPS)
         return tl.load(at, mask=mask, other=0.0)
     else:
         values = ()
@@ -375,11 +354,11 @@ def load_steps(
 
 
 @triton.jit
-def take_steps(loaded, second, STRIDE: tl.constexpr, STEPS: tl.constexpr, LAYOUT: tl.constexpr, BOTH: tl.constexpr):
+def take_steps(loaded, second, STRIDE: tl.constexpr, STEPS: tl.constexpr, ALIGNED: tl.constexpr, BOTH: tl.constexpr):
     """What ``load_steps`` loaded, as a tuple of float32."""
-    if LAYOUT > 0:
+    if ALIGNED:
         loaded = unstack(loaded, STEPS)
-    loaded = _in_order(loaded, second, STRIDE, STEPS, LAYOUT, BOTH)
+    loaded = _in_order(loaded, second, STRIDE, STEPS, ALIGNED, BOTH)
     values = ()
     for i in tl.static_range(STEPS):
         values = values + (loaded[i].to(tl.float32),)
@@ -395,14 +374,14 @@ def store_steps(
     second,
     STRIDE: tl.constexpr,
     STEPS: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BOTH: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     """Store a lane's STEPS values to its row, those before step ``count``; see ``load_steps``."""
-    values = _in_order(values, second, STRIDE, STEPS, LAYOUT, BOTH)
-    if LAYOUT > 0:
-        at, mask = _tile(row, first, count, STRIDE, STEPS, LAYOUT == 2)
+    values = _in_order(values, second, STRIDE, STEPS, ALIGNED, BOTH)
+    if ALIGNED:
+        at, mask = _tile(row, first, count, STRIDE, STEPS)
         tl.store(at, stack(values, STEPS).to(row.dtype.element_ty), mask=mask)
     else:
         start = row + first.to(tl.int64) * tl.where(second, -STRIDE, STRIDE)

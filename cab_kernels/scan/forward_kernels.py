@@ -31,7 +31,6 @@ from cab_kernels.scan.device_kernels import (
     let_go,
     load_numbers,
     load_one,
-    load_rows,
     load_steps,
     power,
     sigmoid,
@@ -199,20 +198,19 @@ def _selective_scan_fwd_kernel(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, rows_ptr, D_ptr, z_ptr, delta_bias_ptr, initial_ptr, cu_seqlens_ptr,
     before_ptr, out_ptr, starts_ptr, states_ptr, last_ptr,
     strides_u, strides_delta, strides_z, strides_before, strides_out,
-    length, channels, groups, dim, dstate, sequences, chunk, blocks, first_block, total_rows,
+    length, channels, groups, dim, dstate, sequences, chunk, size, blocks, first_block, total_rows,
     STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_BEFORE: tl.constexpr,
     STRIDE_OUT: tl.constexpr,
-    LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_BEFORE: tl.constexpr,
-    LAYOUT_OUT: tl.constexpr,
+    ALIGNED_U: tl.constexpr, ALIGNED_DELTA: tl.constexpr, ALIGNED_Z: tl.constexpr, ALIGNED_BEFORE: tl.constexpr,
+    ALIGNED_OUT: tl.constexpr,
     SOFTPLUS: tl.constexpr, SPLIT: tl.constexpr,
     S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
-    SPAN: tl.constexpr, PAD: tl.constexpr, AHEAD: tl.constexpr,
-    BOTH: tl.constexpr, SECOND: tl.constexpr, NATIVE: tl.constexpr,
+    PAD: tl.constexpr, BOTH: tl.constexpr, SECOND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Owns a block of channels of a sequence, or of one chunk of it if SPLIT.
 
-    Reads its inputs once and writes the output and the last state; and the state before every SPAN steps to states_ptr,
-    (spans, dim, N), for backward, or, if SPLIT, reads there what it starts from.
+    Reads its inputs once and writes the output and the last state; and for backward to states_ptr, (spans, dim, N), the
+    state before every ``size`` steps. If SPLIT, a chunk starts from the state in starts_ptr, (chunks, dim, N).
     """
     N: tl.constexpr = S * NT
     T: tl.constexpr = STEPS * PARTS
@@ -242,7 +240,7 @@ def _selective_scan_fwd_kernel(
     states = states_of(lane, S, NT, 1)
     A_ptr = one_of(A_ptr, second, BOTH)
     A = load_matrix(A_ptr, base - skip, edge - skip, 0, dstate, lane, states, S, R, NT, NATIVE)
-    slot = first // SPAN + sequence
+    slot = first // size + sequence
     if SPLIT:
         start = (first // chunk + sequence + index) * dim
         h = load_matrix(starts_ptr, base, edge, start, N, lane, states, S, R, NT, NATIVE)
@@ -271,56 +269,45 @@ def _selective_scan_fwd_kernel(
     rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD + begin) * (2 * N)
     mine = lane % S * NT
     kept = tl.zeros([1, 32], tl.int32)
-    touched = ()
-    for _ in tl.static_range(TOUCHED):
-        touched = touched + (kept,)
-    if AHEAD:
-        rows_ahead = rows + mine
-        next_B = load_rows(rows_ahead, T, 2 * N, NT, NATIVE)
-        next_C = load_rows(rows_ahead + N, T, 2 * N, NT, NATIVE)
+    if NATIVE:
+        touched = touch_rows(rows, lane, T, 2 * N, N)
 
-    next_u = load_steps(u_row, part + begin, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
-    next_delta = load_steps(delta_row, part + begin, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
+    next_u = load_steps(u_row, part + begin, limit, second, STRIDE_U, STEPS, ALIGNED_U, BOTH, NATIVE)
+    next_delta = load_steps(delta_row, part + begin, limit, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, BOTH, NATIVE)
     if z_ptr is not None:
         z_row = row_of(z_ptr, strides_z, sequence, first, count, row, second, STRIDE_Z, STEPS, PACKED)
-        next_z = load_steps(z_row, part + begin, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
+        next_z = load_steps(z_row, part + begin, limit, second, STRIDE_Z, STEPS, ALIGNED_Z, BOTH, NATIVE)
     if before_ptr is not None:
         before_row = row_of(
             before_ptr, strides_before, sequence, first, count, row, second, STRIDE_BEFORE, STEPS, PACKED
         )
         next_before = load_steps(
-            before_row, part + begin, limit, second, STRIDE_BEFORE, STEPS, LAYOUT_BEFORE, BOTH, NATIVE
+            before_row, part + begin, limit, second, STRIDE_BEFORE, STEPS, ALIGNED_BEFORE, BOTH, NATIVE
         )
-    for span in range(begin, end, SPAN):
+    for span in range(begin, end, size):
         if states_ptr is not None:
             for r in tl.static_range(R):
                 channel = base + ((lane % R) ^ r)
-                at = states_ptr + ((slot + span // SPAN) * dim + channel) * N + lane % S * NT
+                at = states_ptr + ((slot + span // size) * dim + channel) * N + lane % S * NT
                 values = ()
                 for j in tl.static_range(NT):
                     values = values + (h[r * NT + j],)
                 store_numbers(at, values, channel < edge, NT, NATIVE)
-        for t in range(span, min(span + SPAN, end), T):
+        for t in range(span, min(span + size, end), T):
             now = part + t
-            u = take_steps(next_u, second, STRIDE_U, STEPS, LAYOUT_U, BOTH)
-            x = take_steps(next_delta, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH)
-            next_u = load_steps(u_row, now + T, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
-            next_delta = load_steps(delta_row, now + T, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
+            u = take_steps(next_u, second, STRIDE_U, STEPS, ALIGNED_U, BOTH)
+            x = take_steps(next_delta, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, BOTH)
+            next_u = load_steps(u_row, now + T, limit, second, STRIDE_U, STEPS, ALIGNED_U, BOTH, NATIVE)
+            next_delta = load_steps(delta_row, now + T, limit, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, BOTH, NATIVE)
             if z_ptr is not None:
-                z = take_steps(next_z, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH)
-                next_z = load_steps(z_row, now + T, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
+                z = take_steps(next_z, second, STRIDE_Z, STEPS, ALIGNED_Z, BOTH)
+                next_z = load_steps(z_row, now + T, limit, second, STRIDE_Z, STEPS, ALIGNED_Z, BOTH, NATIVE)
             if before_ptr is not None:
-                before = take_steps(next_before, second, STRIDE_BEFORE, STEPS, LAYOUT_BEFORE, BOTH)
+                before = take_steps(next_before, second, STRIDE_BEFORE, STEPS, ALIGNED_BEFORE, BOTH)
                 next_before = load_steps(
-                    before_row, now + T, limit, second, STRIDE_BEFORE, STEPS, LAYOUT_BEFORE, BOTH, NATIVE
+                    before_row, now + T, limit, second, STRIDE_BEFORE, STEPS, ALIGNED_BEFORE, BOTH, NATIVE
                 )
-            if AHEAD:
-                this_B = next_B
-                this_C = next_C
-                rows_ahead += T * 2 * N
-                next_B = load_rows(rows_ahead, T, 2 * N, NT, NATIVE)
-                next_C = load_rows(rows_ahead + N, T, 2 * N, NT, NATIVE)
-            elif NATIVE:
+            if NATIVE:
                 kept = let_go(kept, touched, TOUCHED)
                 touched = touch_rows(rows + T * 2 * N, lane, T, 2 * N, N)
                 stay_before()
@@ -332,12 +319,8 @@ def _selective_scan_fwd_kernel(
                 dtu = dtu + (d * u[i],)
             ys = ()
             for k in tl.static_range(T):
-                if AHEAD:
-                    B = this_B[k]
-                    C = this_C[k]
-                else:
-                    B = load_numbers(rows + (k * 2 * N + mine), NT, False, NATIVE)
-                    C = load_numbers(rows + ((k * 2 + 1) * N + mine), NT, False, NATIVE)
+                B = load_numbers(rows + (k * 2 * N + mine), NT, False, NATIVE)
+                C = load_numbers(rows + ((k * 2 + 1) * N + mine), NT, False, NATIVE)
                 after = ()
                 for r in tl.static_range(R):
                     if B_ptr is not None:
@@ -370,7 +353,7 @@ def _selective_scan_fwd_kernel(
                 if before_ptr is not None:
                     y += before[i]
                 outs = outs + (y,)
-            store_steps(out_row, now, limit, outs, second, STRIDE_OUT, STEPS, LAYOUT_OUT, BOTH, NATIVE)
+            store_steps(out_row, now, limit, outs, second, STRIDE_OUT, STEPS, ALIGNED_OUT, BOTH, NATIVE)
             rows += T * 2 * N
     if NATIVE:
         keep_touched(kept, total_rows >> 31)

@@ -38,9 +38,9 @@ TILINGS = {
     128: Tiling(32, 2, 4, 1, 8),
     256: Tiling(32, 1, 8, 1, 8),
 }
-# Forward of few programs, by the bytes of a number: more warps, of fewer channels each. Of two bytes, their rows of B
-# and C are touched into the L1 cache, as everywhere else; of four, they come into registers ahead of time.
-NARROW = {2: Tiling(8, 2, 2, 2, 4, registers=96), 4: Tiling(8, 2, 2, 2, 4, ahead=True)}
+# Forward of few programs: twice the warps, of half the channels each, which take twice the steps at a time. And forward
+# of numbers whose steps lie side by side, of which a lane reads its four at once.
+NARROW = Tiling(4, 1, 4, 4, 4, registers=128)
 # Backward's two passes, the sweep and the walk back, which hold the same states in a lane: over whole sequences, and
 # by spans.
 WHOLE = {states: (tiling, tiling) for states, tiling in TILINGS.items()}
@@ -85,8 +85,7 @@ def selective_scan_fwd(
                 blocks=len(blocks),
                 first_block=blocks.start,
                 SPLIT=chunk < call.length,
-                SPAN=call.span,
-                AHEAD=tiling.ahead,
+                size=call.span,
                 **call.shared(tiling, turn),
             )
     if call.both:
@@ -125,21 +124,22 @@ def _starts(call: Call, chunk: int, u, delta, A, delta_bias, initial_state) -> T
 
 
 def _chunk(call: Call) -> int:
-    """How many steps forward takes at a time: all, unless programs are too few to fill a GPU."""
+    """How many steps forward takes at a time: all, unless programs are too few to fill a GPU, for many steps."""
     programs = max(1, call.blocks(TILINGS[call.N]) * call.sequences)
-    if call.cu_seqlens is not None or call.length <= 2 * call.span or programs >= FILL_FORWARD:
+    fill = min(FILL_FORWARD, call.length // 2 + 1)  # without pieces it takes time by the steps, with them by the states
+    if call.cu_seqlens is not None or call.length <= 2 * call.span or programs >= fill:
         return call.length
     return max(1, call.length * programs // (FILL_PIECES * call.span)) * call.span
 
 
 def _forward_tiling(call: Call, tasks: int, by_step: bool) -> Tiling:
     """What is fastest, as README.md says; by_step: whether steps, and not channels, lie side by side in memory."""
-    tiling, wide = TILINGS[call.N], call.element_size == 4
+    tiling = TILINGS[call.N]
     if call.N != 16:  # the others were not timed
         return tiling
-    if call.blocks(tiling) * tasks < FEW or (wide and by_step):
-        return NARROW[call.element_size]
-    return dataclasses.replace(tiling, registers=168 if wide or by_step else 128)
+    if by_step or call.blocks(tiling) * tasks < FEW:
+        return NARROW
+    return dataclasses.replace(tiling, registers=168 if call.element_size == 4 else 128)
 
 
 def selective_scan_bwd(
@@ -228,7 +228,7 @@ def selective_scan_bwd(
                 parts_width=ends[-1],
                 dinitial_ptr=dinitial,
                 SPLIT=split,
-                SPAN=call.span,
+                size=call.span,
             )
             if sum_rows:
                 _sum_rows(call, drows, sums, *varying, blocks // call.groups, slice_)
@@ -255,7 +255,7 @@ def _blocks_at_once(call: Call, tiling: Tiling, blocks: int) -> int:
     Their scratch is to be no larger than u, delta, z and out for states, and twice that for rows of dB and dC.
     """
     activations = 4 * call.batch * call.dim * call.length * call.element_size
-    states = triton.cdiv(call.batch * call.length, tiling.steps) * call.dim * call.N * 4
+    states = call.batch * call.length * call.dim * call.N * 4 // tiling.steps
     rows = blocks * call.batch * call.length * 2 * call.N * 4
     slices = triton.cdiv(max(states, rows // 2), max(1, activations))
     return max(1, triton.cdiv(blocks, max(1, slices)))
@@ -295,7 +295,8 @@ def new_results(u, A, cu_seqlens, return_last_state, keep):
     states = (0,)
     if keep:
         N = 1 << (A.shape[1] - 1).bit_length()
-        states = (len(u) * u.shape[2] // span_of(N) + sequences, channels, N)
+        steps = len(u) * u.shape[2]
+        states = (steps // span_of(channels * steps, N) + sequences, channels, N)
     last_state, kept = (torch.empty(shape, dtype=torch.float32, device=u.device) for shape in (size, states))
     return out, last_state, kept
 

@@ -13,7 +13,8 @@ from cab_kernels.scan.forward_kernels import _pack_kernel
 from cab_kernels.scan.states_kernels import _chain_kernel
 
 PAD = 32  # rows of zeros after each sequence: as many as any kernel reads beyond its end
-SPAN = 128  # steps between the states that forward keeps, at least
+SPANS = (32, 128)  # how many steps lie between the states that forward keeps
+FEW_STATES = 2**19  # as many programs as fill a GPU work on so many states at a time
 FILL_DIRECTION = 2048  # with as many programs each, two directions are faster one after the other
 
 
@@ -22,8 +23,7 @@ class Tiling:
     """How a warp shares out the states: see ``forward_kernels.py``.
 
     ``S`` lanes a channel, ``R`` channels a lane, ``NT`` states a lane; ``PARTS`` x ``STEPS`` steps an iteration, of
-    which a lane owns ``STEPS``; at most so many ``registers`` a thread, if not as many as the compiler likes. Ahead of
-    their iteration, forward's rows of B and C come into registers if ``ahead``, and else into the L1 cache.
+    which a lane owns ``STEPS``; at most so many ``registers`` a thread, if not as many as the compiler likes.
     """
 
     S: int
@@ -32,7 +32,6 @@ class Tiling:
     STEPS: int
     PARTS: int
     registers: int | None = None
-    ahead: bool = False
 
     @property
     def channels(self) -> int:
@@ -48,9 +47,15 @@ class Tiling:
         return min(self.NT, 32 // self.S)
 
 
-def span_of(N: int) -> int:
-    """Steps between the states that forward keeps, of so many states."""
-    return max(SPAN, 2 * N)
+def span_of(numbers: int, N: int) -> int:
+    """How many steps lie between the states that forward keeps, of so many numbers u, of N states each.
+
+    The longer, the less there is to put together; the shorter, the more programs share the steps.
+    """
+    shortest, span = SPANS
+    while span > shortest and numbers * N < span * FEW_STATES:
+        span //= 2
+    return max(span, 2 * N)
 
 
 class Call:
@@ -74,7 +79,7 @@ class Call:
         self.cu_seqlens = contiguous(cu_seqlens)
         self.sequences = self.batch if cu_seqlens is None else len(cu_seqlens) - 1
         self.total_rows = self.batch * self.length + self.sequences * PAD
-        self.span = span_of(self.N)
+        self.span = span_of(self.batch * self.dim * self.length, self.N)
         self.reverse, self.softplus = reverse, delta_softplus
         self.device = u.device
         self.native = u.is_cuda and not interpreting() and torch.version.hip is None
@@ -106,7 +111,7 @@ class Call:
         """A kernel's arguments for (batch, dim, length) tensors, or pairs of them, or None."""
         arguments: dict[str, object] = {}
         for name, tensor in tensors.items():
-            pointer, strides, stride, layout = None, None, 1, 0
+            pointer, strides, stride, aligned = None, None, 1, False
             if tensor is not None:
                 pointer = pointer_of(tensor, turn)
                 tensor = first_of(tensor) if turn is None else pointer
@@ -118,13 +123,12 @@ class Call:
                         and self.length % tiling.STEPS == 0
                         and not any(x * bytes_ % 16 for x in (*strides, tensor.data_ptr() // bytes_))
                     )
-                    layout = 2 if aligned else 1
                 strides = tuple(strides)
             arguments |= {
                 f"{name}_ptr": pointer,
                 f"strides_{name}": strides,
                 f"STRIDE_{name.upper()}": -stride if self.reverse or turn == 1 else stride,
-                f"LAYOUT_{name.upper()}": layout,
+                f"ALIGNED_{name.upper()}": aligned,
             }
         return arguments
 

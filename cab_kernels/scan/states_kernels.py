@@ -48,7 +48,7 @@ def _sweep_kernel(
     length, channels, groups, dim, dstate, sequences, blocks, total_rows,
     first_block, first_channel, befores_dim, size,
     STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_DOUT: tl.constexpr,
-    LAYOUT_U: tl.constexpr, LAYOUT_DELTA: tl.constexpr, LAYOUT_Z: tl.constexpr, LAYOUT_DOUT: tl.constexpr,
+    ALIGNED_U: tl.constexpr, ALIGNED_DELTA: tl.constexpr, ALIGNED_Z: tl.constexpr, ALIGNED_DOUT: tl.constexpr,
     SOFTPLUS: tl.constexpr, LOCAL: tl.constexpr, ADJOINT: tl.constexpr,
     S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
     ORDERS: tl.constexpr, EVERY: tl.constexpr, PAD: tl.constexpr,
@@ -67,7 +67,7 @@ def _sweep_kernel(
     TOUCHED: tl.constexpr = touches(T * 2 * N)
     pid = tl.program_id(0)
     sequence, span, first, count = sequence_of(pid // blocks, length, cu_seqlens_ptr, sequences, size)
-    begin = span * size
+    begin = min(span * size, count)
     end = min(begin + size, count)
     lane, base, own, edge, group = channels_of(first_block + pid % blocks, channels, groups, S, R)
     second, skip = direction_of(group, groups, dim, BOTH, SECOND)
@@ -106,29 +106,28 @@ def _sweep_kernel(
     rows = rows_ptr + (group.to(tl.int64) * total_rows + first + sequence * PAD + begin) * WIDTH
     mine = lane % S * NT
     kept = tl.zeros([1, 32], tl.int32)
-    touched = ()
-    for _ in tl.static_range(TOUCHED):
-        touched = touched + (kept,)
-    next_u = load_steps(u_row, part + begin, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
-    next_delta = load_steps(delta_row, part + begin, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
+    if NATIVE:
+        touched = touch_rows(rows, lane, T, WIDTH, N)
+    next_u = load_steps(u_row, part + begin, limit, second, STRIDE_U, STEPS, ALIGNED_U, BOTH, NATIVE)
+    next_delta = load_steps(delta_row, part + begin, limit, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, BOTH, NATIVE)
     if ADJOINT:
         dout_row = row_of(dout_ptr, strides_dout, sequence, first, count, row, second, STRIDE_DOUT, STEPS, PACKED)
-        next_dout = load_steps(dout_row, part + begin, limit, second, STRIDE_DOUT, STEPS, LAYOUT_DOUT, BOTH, NATIVE)
+        next_dout = load_steps(dout_row, part + begin, limit, second, STRIDE_DOUT, STEPS, ALIGNED_DOUT, BOTH, NATIVE)
         if z_ptr is not None:
             z_row = row_of(z_ptr, strides_z, sequence, first, count, row, second, STRIDE_Z, STEPS, PACKED)
-            next_z = load_steps(z_row, part + begin, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
+            next_z = load_steps(z_row, part + begin, limit, second, STRIDE_Z, STEPS, ALIGNED_Z, BOTH, NATIVE)
     for t in range(begin, end, T):
         now = part + t
-        u = take_steps(next_u, second, STRIDE_U, STEPS, LAYOUT_U, BOTH)
-        x = take_steps(next_delta, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH)
-        next_u = load_steps(u_row, now + T, limit, second, STRIDE_U, STEPS, LAYOUT_U, BOTH, NATIVE)
-        next_delta = load_steps(delta_row, now + T, limit, second, STRIDE_DELTA, STEPS, LAYOUT_DELTA, BOTH, NATIVE)
+        u = take_steps(next_u, second, STRIDE_U, STEPS, ALIGNED_U, BOTH)
+        x = take_steps(next_delta, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, BOTH)
+        next_u = load_steps(u_row, now + T, limit, second, STRIDE_U, STEPS, ALIGNED_U, BOTH, NATIVE)
+        next_delta = load_steps(delta_row, now + T, limit, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, BOTH, NATIVE)
         if ADJOINT:
-            dout = take_steps(next_dout, second, STRIDE_DOUT, STEPS, LAYOUT_DOUT, BOTH)
-            next_dout = load_steps(dout_row, now + T, limit, second, STRIDE_DOUT, STEPS, LAYOUT_DOUT, BOTH, NATIVE)
+            dout = take_steps(next_dout, second, STRIDE_DOUT, STEPS, ALIGNED_DOUT, BOTH)
+            next_dout = load_steps(dout_row, now + T, limit, second, STRIDE_DOUT, STEPS, ALIGNED_DOUT, BOTH, NATIVE)
             if z_ptr is not None:
-                z = take_steps(next_z, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH)
-                next_z = load_steps(z_row, now + T, limit, second, STRIDE_Z, STEPS, LAYOUT_Z, BOTH, NATIVE)
+                z = take_steps(next_z, second, STRIDE_Z, STEPS, ALIGNED_Z, BOTH)
+                next_z = load_steps(z_row, now + T, limit, second, STRIDE_Z, STEPS, ALIGNED_Z, BOTH, NATIVE)
         if NATIVE:
             kept = let_go(kept, touched, TOUCHED)
             touched = touch_rows(rows + T * WIDTH, lane, T, WIDTH, N)

@@ -82,7 +82,7 @@ def test_sequences_are_split_in_time(device, monkeypatch):
     pytest.importorskip("triton")
     from cab_kernels.scan import launch_kernels
 
-    monkeypatch.setattr(launch_kernels, "SPAN", 8)
+    monkeypatch.setattr(launch_kernels, "SPANS", (8, 8))
     inputs = both_inputs(batch=1, dim=5, length=21, dstate=4, dtype=torch.float32, device=device)
     assert_within_budget(triton_scan, inputs, {"delta_softplus": True}, definition, loop)
 

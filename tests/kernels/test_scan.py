@@ -1,5 +1,7 @@
 """The Triton selective scan against its definition in float64: on a GPU, or through the interpreter in float32."""
 
+import math
+
 import pytest
 import torch
 from scan_cases import (
@@ -45,7 +47,7 @@ SPLIT = {
 def test_sequences_are_split_in_time(sizes, device, monkeypatch):
     """Of spans so short that forward and backward each split a sequence into several."""
     sizes = {"batch": 1, "dstate": 4, "optional": ALL, **sizes}
-    monkeypatch.setattr(launch_kernels, "SPAN", 8)
+    monkeypatch.setattr(launch_kernels, "SPANS", (8, 8))
     monkeypatch.setattr(kernels, "FILL_PIECES", sizes.pop("fill", kernels.FILL_PIECES))
     bounds = {"cu_seqlens": [0, 18, 18, 21]} if "sequences" in sizes else {}
     inputs = make_inputs(**sizes, dtype=torch.float32, device=device)
@@ -221,6 +223,30 @@ def test_second_derivative_raises(device):
     grad = torch.autograd.grad(triton_scan(**inputs).sum(), inputs["A"], create_graph=True)[0]
     with pytest.raises(RuntimeError, match="selective_scan_backward"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("dstate", [1, 16, 64, 256])
+@pytest.mark.parametrize("length", [31, 197, 2048, 65_537])
+@pytest.mark.parametrize("dim", [16, 384, 5120])
+def test_no_more_is_kept_than_the_cuda_extension_keeps(dim, length, dstate):
+    """It keeps the ungated output, and two numbers for each state in every 2,048 steps."""
+    u = torch.empty(1, dim, length, dtype=torch.bfloat16, device="meta")
+    A = torch.empty(dim, dstate, device="meta")
+    *_, states = kernels.new_results(u, A, None, False, True)
+    assert states.nbytes <= 1.1 * (u.nbytes + math.ceil(length / 2048) * 2 * A.nbytes)
+
+
+def test_spans_shorten_until_they_fill_a_gpu_with_programs():
+    spans = [launch_kernels.span_of(numbers, 16) for numbers in (2**21, 2**22 - 1, 2**22, 2**30)]
+    assert spans == [64, 64, 128, 128]
+    assert launch_kernels.span_of(1, 16) == 32
+    assert launch_kernels.span_of(1, 256) == 512
+
+
+def test_rounding_up_an_odd_length_slices_no_scratch(device):
+    inputs = make_inputs(batch=1, dim=384, length=197, dstate=16, dtype=torch.bfloat16, device=device)
+    call = launch_kernels.Call(*(inputs[name] for name in "uABC"), None, True, False)
+    assert kernels._blocks_at_once(call, kernels.TILINGS[16], 24) == 24
 
 
 def test_states_are_kept_for_a_backward_pass_alone(device, monkeypatch):

@@ -23,23 +23,23 @@ KERNELS = {
 
 
 def spec(
-    module: str, kernel: str, *, options_on: bool, dstate: int, layout: int, native: bool, both: bool = False
+    module: str, kernel: str, *, options_on: bool, dstate: int, aligned: bool, native: bool, both: bool = False
 ) -> dict:
     """All options on and B and C variable, or all options off and B and C constant; ``both`` directions, or one."""
     module = f"cab_kernels.scan.{module}_kernels"
     names = list(inspect.signature(getattr(importlib.import_module(module), kernel).fn).parameters)
     tiling = TILINGS[dstate]
     values = {name: getattr(tiling, name) for name in ("S", "R", "NT", "STEPS", "PARTS")}
-    values |= {"SPAN": 512, "PAD": PAD, "N": dstate, "BLOCK": 16, "AT_ONCE": 8, "ROWS": 8, "NATIVE": native}
+    values |= {"PAD": PAD, "N": dstate, "BLOCK": 16, "AT_ONCE": 8, "ROWS": 8, "NATIVE": native}
     values |= {"ORDERS": tiling.orders, "EVERY": tiling.steps}
     values |= dict.fromkeys(("B_BY_STEP", "dB_BY_STEP"), options_on) | dict.fromkeys(("C_BY_STEP", "dC_BY_STEP"), False)
     values |= dict.fromkeys(("SOFTPLUS", "SPLIT", "ADJOINT", "BACKWARD"), options_on)
     values |= {"REVERSE": options_on and not both}
-    values |= dict.fromkeys(("LOCAL", "AHEAD"), not options_on)
+    values |= {"LOCAL": not options_on}
     values |= {"BOTH": both, "SECOND": options_on and not both}
     for name in ACTIVATIONS:
-        values[f"LAYOUT_{name.upper()}"] = layout
-        values[f"STRIDE_{name.upper()}"] = (-1 if options_on and not both else 1) * (1 if layout else 96)
+        values[f"ALIGNED_{name.upper()}"] = aligned
+        values[f"STRIDE_{name.upper()}"] = (-1 if options_on and not both else 1) * (1 if aligned else 96)
     if options_on and kernel != "_pack_kernel":  # B and C vary, and are read from what _pack_kernel made of them
         values |= {"B_ptr": None, "C_ptr": None}
     if not options_on:
@@ -68,10 +68,10 @@ def spec(
 
 # Each way to read memory, with the instructions of NVIDIA GPUs and with what stands in for them.
 VARIANTS = [
-    {"options_on": True, "dstate": 16, "layout": 0, "native": True},
-    {"options_on": False, "dstate": 2, "layout": 2, "native": True},
-    {"options_on": True, "dstate": 4, "layout": 1, "native": False},
-    {"options_on": True, "dstate": 16, "layout": 0, "native": True, "both": True},
+    {"options_on": True, "dstate": 16, "aligned": False, "native": True},
+    {"options_on": False, "dstate": 2, "aligned": True, "native": True},
+    {"options_on": True, "dstate": 4, "aligned": True, "native": False},
+    {"options_on": True, "dstate": 16, "aligned": False, "native": True, "both": True},
 ]
 
 
