@@ -18,6 +18,7 @@ from cab_kernels.scan.launch_kernels import (
     is_by_step,
     is_constant,
     on_device,
+    padded,
     pointer_of,
     span_of,
     strides_of,
@@ -25,8 +26,8 @@ from cab_kernels.scan.launch_kernels import (
 )
 from cab_kernels.scan.states_kernels import _sweep_kernel
 
-# By the number of states, a power of two. On an H100 and an H200, Triton 3.6, bf16; README.md has shapes, times and
-# what else was tried for 16 states, 64 were timed with this one and one other, the rest follow from these, untimed.
+# By the number of states, a power of two; measured on an H100 and an H200, Triton 3.6, bf16: README.md has shapes,
+# times and what else was tried.
 TILINGS = {
     1: Tiling(1, 1, 1, 8, 1),
     2: Tiling(1, 1, 2, 8, 1),
@@ -36,16 +37,16 @@ TILINGS = {
     32: Tiling(8, 2, 4, 2, 4),
     64: Tiling(16, 2, 4, 1, 8),
     128: Tiling(32, 2, 4, 1, 8),
-    256: Tiling(32, 1, 8, 1, 8),
+    256: Tiling(32, 2, 8, 1, 8),
 }
+# Where steps lie side by side: of few states, more lanes share a channel, so that a load meets fewer rows of memory.
+BY_STEP = TILINGS | {4: Tiling(4, 1, 1, 4, 4), 8: Tiling(4, 1, 2, 4, 4)}
+IN_WORDS = BY_STEP | {4: Tiling(2, 1, 2, 8, 2)}  # eight of which a lane reads at once
 # Forward of few programs: twice the warps, of half the channels each, which take twice the steps at a time. And forward
 # of numbers whose steps lie side by side, of which a lane reads its four at once.
 NARROW = Tiling(4, 1, 4, 4, 4, registers=128)
-# Backward's two passes, the sweep and the walk back, which hold the same states in a lane: over whole sequences, and
-# by spans.
-WHOLE = {states: (tiling, tiling) for states, tiling in TILINGS.items()}
-WHOLE |= {64: (Tiling(8, 2, 8, 1, 4), Tiling(8, 2, 8, 1, 4))}
-BY_SPAN = WHOLE | {16: (dataclasses.replace(TILINGS[16], registers=128), TILINGS[16])}
+BACKWARD = {64: Tiling(8, 2, 8, 1, 4)}
+MOST_BACKWARD = 64  # states at a time: of more, a warp would sum dB and dC over too few channels
 FEW = 800  # programs of one warp: six a multiprocessor
 FILL_FORWARD = 640  # with fewer programs, forward is faster in pieces, at nearly twice the exponentials
 FILL_PIECES = 16384  # and then in about so many
@@ -64,7 +65,7 @@ def selective_scan_fwd(
     A, D, delta_bias, initial_state = map(contiguous, (A, D, delta_bias, initial_state))
     chunk = _chunk(call)
     tasks = call.sequences if chunk == call.length else call.tasks(chunk)
-    tiling = _forward_tiling(call, tasks, by_step=first_of(u).stride(2) == 1)
+    tiling = _forward_tiling(call, tasks)
     turns = call.turns(call.blocks(tiling))
     with on_device(call.device):
         call.pack()
@@ -97,7 +98,7 @@ def _starts(call: Call, chunk: int, u, delta, A, delta_bias, initial_state) -> T
     """The state before each piece of ``chunk`` steps, made from all pieces at once."""
     starts = call.new(call.numbered(chunk), call.dim, call.N)
     decays = torch.empty_like(starts)
-    sweep = TILINGS[call.N]
+    sweep = _tiling(call)
     tasks = call.tasks(chunk)
     _sweep_kernel[(call.blocks(sweep) * tasks,)](
         **call.projections(),
@@ -115,7 +116,6 @@ def _starts(call: Call, chunk: int, u, delta, A, delta_bias, initial_state) -> T
         size=chunk,
         LOCAL=True,
         ADJOINT=False,
-        EVERY=sweep.steps,
         ORDERS=1,
         **call.shared(sweep),
     )
@@ -125,19 +125,23 @@ def _starts(call: Call, chunk: int, u, delta, A, delta_bias, initial_state) -> T
 
 def _chunk(call: Call) -> int:
     """How many steps forward takes at a time: all, unless programs are too few to fill a GPU, for many steps."""
-    programs = max(1, call.blocks(TILINGS[call.N]) * call.sequences)
+    programs = max(1, call.blocks(_tiling(call)) * call.sequences)
     fill = min(FILL_FORWARD, call.length // 2 + 1)  # without pieces it takes time by the steps, with them by the states
     if call.cu_seqlens is not None or call.length <= 2 * call.span or programs >= fill:
         return call.length
     return max(1, call.length * programs // (FILL_PIECES * call.span)) * call.span
 
 
-def _forward_tiling(call: Call, tasks: int, by_step: bool) -> Tiling:
-    """What is fastest, as README.md says; by_step: whether steps, and not channels, lie side by side in memory."""
-    tiling = TILINGS[call.N]
-    if call.N != 16:  # the others were not timed
+def _tiling(call: Call) -> Tiling:
+    return (IN_WORDS if call.whole_words else BY_STEP if call.by_step else TILINGS)[call.N]
+
+
+def _forward_tiling(call: Call, tasks: int) -> Tiling:
+    """What is fastest, as README.md says."""
+    tiling = _tiling(call)
+    if call.N != 16:
         return tiling
-    if by_step or call.blocks(tiling) * tasks < FEW:
+    if call.by_step or call.blocks(tiling) * tasks < FEW:
         return NARROW
     return dataclasses.replace(tiling, registers=168 if call.element_size == 4 else 128)
 
@@ -152,12 +156,63 @@ def selective_scan_bwd(
     but dout and z comes in pairs of the same strides, and so do the gradients; those of parameters are one tensor,
     (2, ...).
     """
+    call = Call(u, A, B, C, cu_seqlens, delta_softplus, reverse, N=states.shape[2])
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    run = _backward if call.N <= MOST_BACKWARD else _backward_by_states
+    run(call, dout, dlast_state, inputs, states, gradients)
+
+
+def _backward_by_states(call: Call, dout, dlast_state, inputs, states, gradients) -> None:
+    """Backward of MOST_BACKWARD states after the other; what all of them give to is added up in float32."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = gradients
-    call = Call(u, A, B, C, cu_seqlens, delta_softplus, reverse)
+    shared, totals = [du, ddelta, dz, ddelta_bias], []
+    for first in range(0, call.dstate, MOST_BACKWARD):
+        size = min(MOST_BACKWARD, call.dstate - first)
+        N = padded(size, first_of(u))
+        some = [_some_states(given, like, first, size) for given, like in ((A, A), (B, B), (C, C), (initial_state, A))]
+        own = [_some_states(given, like, first, size) for given, like in ((dA, A), (dB, B), (dC, C))]
+        own += [_some_states(dinitial_state, A, first, size)]
+        dsome = [each_of(torch.empty_like, gradient) for gradient in own]  # contiguous, as they are to be
+        parts = [each_of(lambda x: torch.empty_like(x, dtype=torch.float32), gradient) for gradient in shared]
+        _backward(
+            Call(u, *some[:3], call.cu_seqlens, call.softplus, call.reverse, N, call.span),
+            dout,
+            _some_states(dlast_state, A, first, size),
+            (u, delta, *some[:3], None if first else D, z, delta_bias, some[3]),
+            states[..., first : first + N].contiguous(),
+            (*parts[:2], *dsome[:3], None if first else dD, *parts[2:], dsome[3]),
+        )
+        for gradient, part in zip(_flat(own), _flat(dsome), strict=True):
+            gradient.copy_(part)
+        if first == 0:
+            totals = parts
+        else:
+            for total, part in zip(_flat(totals), _flat(parts), strict=True):
+                total += part
+    for gradient, total in zip(_flat(shared), _flat(totals), strict=True):
+        gradient.copy_(total)
+
+
+def _some_states(given, like, first: int, size: int):
+    """Of a tensor, or a pair of them, whose states are where those of ``like`` are."""
+    axis = -1 if is_constant(like) else -2
+    return each_of(lambda tensor: tensor.narrow(axis, first, size), given)
+
+
+def _flat(given: list) -> list[Tensor]:
+    """The tensors that there are, pairs one by one."""
+    return [tensor for one in given if one is not None for tensor in (one if isinstance(one, list) else [one])]
+
+
+def _backward(call: Call, dout, dlast_state, inputs, states, gradients) -> None:
+    u, delta, A, B, C, D, z, delta_bias, _ = inputs
+    du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = gradients
     A, D, delta_bias, dlast_state = map(contiguous, (A, D, delta_bias, dlast_state))
     dzs = dz
-    split = call.length > call.span and call.blocks(WHOLE[call.N][1]) * call.sequences < FILL_BACKWARD
-    sweep, tiling = BY_SPAN[call.N] if split else WHOLE[call.N]
+    tiling = BACKWARD.get(call.N, _tiling(call))
+    split = call.length > call.span and call.blocks(tiling) * call.sequences < FILL_BACKWARD
+    sweep = dataclasses.replace(tiling, registers=128) if split and call.N == 16 else tiling
     blocks = call.blocks(tiling)
     tasks = call.tasks(call.span)
     main_tasks = tasks if split else call.sequences
@@ -211,7 +266,6 @@ def selective_scan_bwd(
                 size=call.span,
                 LOCAL=False,
                 ADJOINT=split,
-                EVERY=tiling.steps,
             )
             if split:
                 call.chain(adjoints, decays, dlast_state, True, channels, call.span)
@@ -294,7 +348,7 @@ def new_results(u, A, cu_seqlens, return_last_state, keep):
     size = (sequences, *A.shape) if return_last_state else (0,)
     states = (0,)
     if keep:
-        N = 1 << (A.shape[1] - 1).bit_length()
+        N = padded(A.shape[1], u)
         steps = len(u) * u.shape[2]
         states = (steps // span_of(channels * steps, N) + sequences, channels, N)
     last_state, kept = (torch.empty(shape, dtype=torch.float32, device=u.device) for shape in (size, states))

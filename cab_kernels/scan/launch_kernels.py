@@ -13,8 +13,9 @@ from cab_kernels.scan.forward_kernels import _pack_kernel
 from cab_kernels.scan.states_kernels import _chain_kernel
 
 PAD = 32  # rows of zeros after each sequence: as many as any kernel reads beyond its end
-SPANS = (32, 128)  # how many steps lie between the states that forward keeps
+SPANS = (32, 128)  # how many steps lie between the states that forward keeps: so many whole iterations
 FEW_STATES = 2**19  # as many programs as fill a GPU work on so many states at a time
+FEWEST_BY_STEP = 4  # states where steps lie side by side: as many lanes read a channel's steps together
 FILL_DIRECTION = 2048  # with as many programs each, two directions are faster one after the other
 
 
@@ -53,25 +54,41 @@ def span_of(numbers: int, N: int) -> int:
     The longer, the less there is to put together; the shorter, the more programs share the steps.
     """
     shortest, span = SPANS
-    while span > shortest and numbers * N < span * FEW_STATES:
+    while span > shortest and numbers * max(N, 2) < span * FEW_STATES:
         span //= 2
     return max(span, 2 * N)
+
+
+def padded(dstate: int, u: Tensor) -> int:
+    """With how many states the kernels work, for so many of a scan of u."""
+    return max(FEWEST_BY_STEP if is_by_step(u) else 1, triton.next_power_of_2(dstate))
 
 
 class Call:
     """The sizes of a call, and what all of its launches share.
 
     A bidirectional scan comes with pairs for tensors, of the same strides, and has the channels and the groups of both
-    directions.
+    directions. ``N`` and ``span`` are for a backward pass, whose forward pass has chosen them.
     """
 
-    def __init__(self, u, A, B, C, cu_seqlens, delta_softplus: bool, reverse: bool) -> None:
+    def __init__(
+        self,
+        u,
+        A,
+        B,
+        C,
+        cu_seqlens,
+        delta_softplus: bool,
+        reverse: bool,
+        N: int | None = None,
+        span: int | None = None,
+    ) -> None:
         self.both = isinstance(u, list)
         u, A = first_of(u), first_of(A)
         self.batch, self.dim, self.length = u.shape
         self.element_size = u.element_size()
         self.dstate = A.shape[1]
-        self.N = triton.next_power_of_2(self.dstate)
+        self.N = N or padded(self.dstate, u)
         self.B, self.C = each_of(with_groups, B), each_of(with_groups, C)
         self.groups = next((matrix.shape[1] for matrix in map(first_of, (self.B, self.C)) if matrix.dim() == 4), 1)
         if self.both:
@@ -79,7 +96,9 @@ class Call:
         self.cu_seqlens = contiguous(cu_seqlens)
         self.sequences = self.batch if cu_seqlens is None else len(cu_seqlens) - 1
         self.total_rows = self.batch * self.length + self.sequences * PAD
-        self.span = span_of(self.batch * self.dim * self.length, self.N)
+        self.span = span or span_of(self.batch * self.dim * self.length, self.N)
+        self.by_step = is_by_step(u)
+        self.whole_words = self.by_step and cu_seqlens is None and self.length % 8 == 0  # a lane's eight steps
         self.reverse, self.softplus = reverse, delta_softplus
         self.device = u.device
         self.native = u.is_cuda and not interpreting() and torch.version.hip is None
@@ -257,8 +276,8 @@ def strides_of(given) -> tuple[int, ...] | None:
 
 
 def is_by_step(given) -> bool:
-    """Whether steps, and not states, lie side by side in memory."""
-    return given is not None and first_of(given).stride(3) == 1 and first_of(given).stride(2) != 1
+    """Whether steps, and not states or channels, lie side by side in memory."""
+    return given is not None and first_of(given).stride(-1) == 1 and first_of(given).stride(-2) != 1
 
 
 def contiguous(given):

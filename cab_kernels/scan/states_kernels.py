@@ -51,13 +51,13 @@ def _sweep_kernel(
     ALIGNED_U: tl.constexpr, ALIGNED_DELTA: tl.constexpr, ALIGNED_Z: tl.constexpr, ALIGNED_DOUT: tl.constexpr,
     SOFTPLUS: tl.constexpr, LOCAL: tl.constexpr, ADJOINT: tl.constexpr,
     S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
-    ORDERS: tl.constexpr, EVERY: tl.constexpr, PAD: tl.constexpr,
+    ORDERS: tl.constexpr, PAD: tl.constexpr,
     BOTH: tl.constexpr, SECOND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Owns a span of ``size`` steps of a block of channels of a sequence; shared out like the forward kernel.
 
     LOCAL: starts from zero, and writes the part and the decay of its span. Otherwise starts from the state that forward
-    kept, and writes the state before every EVERY steps to befores_ptr, (iterations, befores_dim, N), in the order that
+    kept, and writes the state before each iteration to befores_ptr, (iterations, befores_dim, N), in the order that
     backward's lanes hold states in; and if ADJOINT also the span's adjoint and decay.
     """
     N: tl.constexpr = S * NT
@@ -145,14 +145,14 @@ def _sweep_kernel(
                 if z_ptr is not None:
                     g *= z[i] * sigmoid(z[i], NATIVE)
                 dy = dy + (g,)
+        if not LOCAL:
+            before = ((first // T + sequence) + t // T) * befores_dim - first_channel
+            for r in tl.static_range(R):
+                channel = base + ((lane % R) ^ r)
+                at = befores_ptr + (before + channel) * N + lane % S * NT
+                ordered = permute(h[r * NT : (r + 1) * NT], NT, ORDERS, lane // S)
+                store_numbers(at, ordered, channel < edge, NT, NATIVE)
         for k in tl.static_range(T):
-            if not LOCAL and k % EVERY == 0:
-                before = ((first // EVERY + sequence) + (t + k) // EVERY) * befores_dim - first_channel
-                for r in tl.static_range(R):
-                    channel = base + ((lane % R) ^ r)
-                    at = befores_ptr + (before + channel) * N + lane % S * NT
-                    ordered = permute(h[r * NT : (r + 1) * NT], NT, ORDERS, lane // S)
-                    store_numbers(at, ordered, (channel < edge) & (t + k < end), NT, NATIVE)
             B = load_numbers(rows + (k * WIDTH + mine), NT, False, NATIVE)
             if ADJOINT:
                 C = load_numbers(rows + (k * WIDTH + ORDERS * N + mine), NT, False, NATIVE)

@@ -35,6 +35,10 @@ CASES: dict[str, tuple[dict, dict]] = {
         {"delta_softplus": True, "reverse": True, "cu_seqlens": [0, 0, 6, 7, 11]},
     ),
     "many-steps": ({"batch": 1, "dim": 2, "dstate": 1, "length": 131, "optional": ()}, {"delta_softplus": True}),
+    "one-state-in-words": (
+        {"batch": 1, "dim": 19, "dstate": 1, "length": 24, "optional": ALL},
+        {"delta_softplus": True, "reverse": True},
+    ),
     "many-channels": (
         {"batch": 1, "dim": 34, "dstate": 32, "B": GROUPED, "C": GROUPED, "length": 2},
         {"delta_softplus": True},

@@ -82,8 +82,17 @@ def test_sequences_are_split_in_time(device, monkeypatch):
     pytest.importorskip("triton")
     from cab_kernels.scan import launch_kernels
 
-    monkeypatch.setattr(launch_kernels, "SPANS", (8, 8))
-    inputs = both_inputs(batch=1, dim=5, length=21, dstate=4, dtype=torch.float32, device=device)
+    monkeypatch.setattr(launch_kernels, "SPANS", (16, 16))
+    inputs = both_inputs(batch=1, dim=5, length=37, dstate=4, dtype=torch.float32, device=device)
+    assert_within_budget(triton_scan, inputs, {"delta_softplus": True}, definition, loop)
+
+
+def test_backward_takes_some_states_at_a_time(device, monkeypatch):
+    pytest.importorskip("triton")
+    from cab_kernels.scan import kernels
+
+    monkeypatch.setattr(kernels, "MOST_BACKWARD", 4)
+    inputs = both_inputs(dstate=6, dtype=torch.float32, device=device)
     assert_within_budget(triton_scan, inputs, {"delta_softplus": True}, definition, loop)
 
 

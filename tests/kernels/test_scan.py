@@ -36,10 +36,10 @@ def test_matches_definition(sizes, options, device):
 
 
 SPLIT = {
-    "odd": {"dim": 5, "length": 21},
-    "in-pieces-of-several-spans": {"dim": 5, "length": 21, "fill": 1},
-    "whole-blocks": {"dim": 32, "length": 24},
-    "packed": {"dim": 5, "length": 21, "sequences": 3},
+    "odd": {"dim": 5, "length": 37},
+    "in-pieces-of-several-spans": {"dim": 5, "length": 37, "fill": 1},
+    "whole-blocks": {"dim": 32, "length": 48},
+    "packed": {"dim": 5, "length": 37, "sequences": 3},
 }
 
 
@@ -47,9 +47,9 @@ SPLIT = {
 def test_sequences_are_split_in_time(sizes, device, monkeypatch):
     """Of spans so short that forward and backward each split a sequence into several."""
     sizes = {"batch": 1, "dstate": 4, "optional": ALL, **sizes}
-    monkeypatch.setattr(launch_kernels, "SPANS", (8, 8))
+    monkeypatch.setattr(launch_kernels, "SPANS", (16, 16))
     monkeypatch.setattr(kernels, "FILL_PIECES", sizes.pop("fill", kernels.FILL_PIECES))
-    bounds = {"cu_seqlens": [0, 18, 18, 21]} if "sequences" in sizes else {}
+    bounds = {"cu_seqlens": [0, 34, 34, 37]} if "sequences" in sizes else {}
     inputs = make_inputs(**sizes, dtype=torch.float32, device=device)
     assert_within_budget(triton_scan, inputs, {"delta_softplus": True, **bounds})
 
@@ -72,13 +72,21 @@ def test_scratch_is_shared_by_slices_of_the_channels(device, monkeypatch):
         torch.testing.assert_close(got[name], want[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("name", ["all", "constant-B", "constant-C-grouped-B", "packed-reverse", "no-steps"])
+def test_backward_takes_some_states_at_a_time(name, device, monkeypatch):
+    monkeypatch.setattr(kernels, "MOST_BACKWARD", 4)
+    sizes, options = CASES[name]
+    inputs = make_inputs(**{**sizes, "dstate": 6}, dtype=torch.float32, device=device)
+    assert_within_budget(triton_scan, inputs, options)
+
+
 @pytest.fixture
 def short_iterations(monkeypatch):
     """Iterations of two steps: tests of what surrounds the kernels need not wait for steps that are not there."""
     short = Tiling(2, 2, 2, 2, 1)
     monkeypatch.setattr(kernels, "TILINGS", {4: short})
-    monkeypatch.setattr(kernels, "WHOLE", {4: (short, short)})
-    monkeypatch.setattr(kernels, "BY_SPAN", {4: (short, Tiling(2, 2, 2, 1, 1))})  # a state every step
+    monkeypatch.setattr(kernels, "BY_STEP", {4: short})
+    monkeypatch.setattr(kernels, "IN_WORDS", {4: short})
 
 
 def test_empty_inputs_give_zero_gradients(device):

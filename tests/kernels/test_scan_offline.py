@@ -31,7 +31,7 @@ def spec(
     tiling = TILINGS[dstate]
     values = {name: getattr(tiling, name) for name in ("S", "R", "NT", "STEPS", "PARTS")}
     values |= {"PAD": PAD, "N": dstate, "BLOCK": 16, "AT_ONCE": 8, "ROWS": 8, "NATIVE": native}
-    values |= {"ORDERS": tiling.orders, "EVERY": tiling.steps}
+    values |= {"ORDERS": tiling.orders}
     values |= dict.fromkeys(("B_BY_STEP", "dB_BY_STEP"), options_on) | dict.fromkeys(("C_BY_STEP", "dC_BY_STEP"), False)
     values |= dict.fromkeys(("SOFTPLUS", "SPLIT", "ADJOINT", "BACKWARD"), options_on)
     values |= {"REVERSE": options_on and not both}
@@ -69,7 +69,7 @@ def spec(
 # Each way to read memory, with the instructions of NVIDIA GPUs and with what stands in for them.
 VARIANTS = [
     {"options_on": True, "dstate": 16, "aligned": False, "native": True},
-    {"options_on": False, "dstate": 2, "aligned": True, "native": True},
+    {"options_on": False, "dstate": 8, "aligned": True, "native": True},
     {"options_on": True, "dstate": 4, "aligned": True, "native": False},
     {"options_on": True, "dstate": 16, "aligned": False, "native": True, "both": True},
 ]
