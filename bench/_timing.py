@@ -49,7 +49,8 @@ def copy_bandwidth() -> float:
 
 def kernels_of(step: Callable[[], object], steps: int = 1) -> list:
     """The profiler's sums for each kernel that ran in so many steps, the largest first; the driver's calls left out."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as trace:  # or else it warns of its cycles
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
