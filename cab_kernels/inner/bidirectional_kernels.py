@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cab_kernels.conv.bidirectional_kernels import bidirectional_conv1d_bwd, bidirectional_conv1d_fwd
-from cab_kernels.scan.kernels import new_gradients, new_results, selective_scan_bwd, selective_scan_fwd
+from cab_kernels.scan.launch_backward_kernels import new_gradients, selective_scan_bwd
+from cab_kernels.scan.launch_forward_kernels import new_results, selective_scan_fwd
 
 Pair = Sequence[Tensor]
 

@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from cab_kernels.conv.kernels import causal_conv1d_bwd, causal_conv1d_fwd
 from cab_kernels.conv.op import sequence_index
-from cab_kernels.scan.kernels import new_gradients, new_results, selective_scan_bwd, selective_scan_fwd
+from cab_kernels.scan.launch_backward_kernels import new_gradients, selective_scan_bwd
+from cab_kernels.scan.launch_forward_kernels import new_results, selective_scan_fwd
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:

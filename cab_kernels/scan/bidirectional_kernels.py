@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from cab_kernels.scan.kernels import new_gradients, new_results, selective_scan_bwd, selective_scan_fwd
+from cab_kernels.scan.launch_backward_kernels import new_gradients, selective_scan_bwd
+from cab_kernels.scan.launch_forward_kernels import new_results, selective_scan_fwd
 
 
 def _by_channel(tensor: Tensor) -> Tensor:

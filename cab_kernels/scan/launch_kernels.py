@@ -1,7 +1,6 @@
 """What the launches of one scan share: its sizes, how tensors and pairs of them are passed, what packs and chains."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -9,43 +8,16 @@ import triton
 from torch import Tensor
 
 from cab_kernels._backend import interpreting
+from cab_kernels.scan import tilings
 from cab_kernels.scan.forward_kernels import _pack_kernel
 from cab_kernels.scan.states_kernels import _chain_kernel
+from cab_kernels.scan.tilings import Tiling
 
 PAD = 32  # rows of zeros after each sequence: as many as any kernel reads beyond its end
 SPANS = (32, 128)  # how many steps lie between the states that forward keeps: so many whole iterations
 FEW_STATES = 2**19  # as many programs as fill a GPU work on so many states at a time
 FEWEST_BY_STEP = 4  # states where steps lie side by side: as many lanes read a channel's steps together
 FILL_DIRECTION = 2048  # with as many programs each, two directions are faster one after the other
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """How a warp shares out the states: see ``forward_kernels.py``.
-
-    ``S`` lanes a channel, ``R`` channels a lane, ``NT`` states a lane; ``PARTS`` x ``STEPS`` steps an iteration, of
-    which a lane owns ``STEPS``; at most so many ``registers`` a thread, if not as many as the compiler likes.
-    """
-
-    S: int
-    R: int
-    NT: int
-    STEPS: int
-    PARTS: int
-    registers: int | None = None
-
-    @property
-    def channels(self) -> int:
-        return 32 // self.S * self.R
-
-    @property
-    def steps(self) -> int:
-        return self.STEPS * self.PARTS
-
-    @property
-    def orders(self) -> int:
-        """In how many orders of states backward's lanes share out the sums over channels."""
-        return min(self.NT, 32 // self.S)
 
 
 def span_of(numbers: int, N: int) -> int:
@@ -106,6 +78,11 @@ class Call:
 
     def new(self, *size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float32, device=self.device)
+
+    def tiling(self) -> Tiling:
+        if self.whole_words:
+            return tilings.IN_WORDS[self.N]
+        return (tilings.BY_STEP if self.by_step else tilings.TILINGS)[self.N]
 
     def blocks(self, tiling: Tiling) -> int:
         return self.groups * triton.cdiv(self.dim // self.groups, tiling.channels)

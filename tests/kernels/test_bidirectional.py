@@ -89,9 +89,9 @@ def test_sequences_are_split_in_time(device, monkeypatch):
 
 def test_backward_takes_some_states_at_a_time(device, monkeypatch):
     pytest.importorskip("triton")
-    from cab_kernels.scan import kernels
+    from cab_kernels.scan import launch_backward_kernels
 
-    monkeypatch.setattr(kernels, "MOST_BACKWARD", 4)
+    monkeypatch.setattr(launch_backward_kernels, "MOST_STATES", 4)
     inputs = both_inputs(dstate=6, dtype=torch.float32, device=device)
     assert_within_budget(triton_scan, inputs, {"delta_softplus": True}, definition, loop)
 
@@ -101,10 +101,10 @@ def test_backward_takes_some_states_at_a_time(device, monkeypatch):
 def test_directions_take_turns(name, at_once, device, monkeypatch):
     """One launch after the other, in backward also for each block of channels."""
     pytest.importorskip("triton")
-    from cab_kernels.scan import kernels, launch_kernels
+    from cab_kernels.scan import launch_backward_kernels, launch_kernels
 
     monkeypatch.setattr(launch_kernels, "FILL_DIRECTION", 0)
-    monkeypatch.setattr(kernels, "_blocks_at_once", lambda *_: at_once)
+    monkeypatch.setattr(launch_backward_kernels, "_blocks_at_once", lambda *_: at_once)
     sizes, options = CASES[name]
     inputs = both_inputs(**sizes, dtype=torch.float32, device=device)
     assert_within_budget(triton_scan, inputs, options, definition, loop)

@@ -21,9 +21,9 @@ from cab_kernels import _backend, selective_scan_fn, selective_scan_ref
 
 pytest.importorskip("triton")
 
-from cab_kernels.scan import kernels, launch_kernels
+from cab_kernels.scan import launch_backward_kernels, launch_forward_kernels, launch_kernels, tilings
 from cab_kernels.scan.kernels import selective_scan
-from cab_kernels.scan.launch_kernels import Tiling
+from cab_kernels.scan.tilings import Tiling
 
 
 def triton_scan(*args, **kwargs):
@@ -48,7 +48,7 @@ def test_sequences_are_split_in_time(sizes, device, monkeypatch):
     """Of spans so short that forward and backward each split a sequence into several."""
     sizes = {"batch": 1, "dstate": 4, "optional": ALL, **sizes}
     monkeypatch.setattr(launch_kernels, "SPANS", (16, 16))
-    monkeypatch.setattr(kernels, "FILL_PIECES", sizes.pop("fill", kernels.FILL_PIECES))
+    monkeypatch.setattr(launch_forward_kernels, "FILL_PIECES", sizes.pop("fill", launch_forward_kernels.FILL_PIECES))
     bounds = {"cu_seqlens": [0, 34, 34, 37]} if "sequences" in sizes else {}
     inputs = make_inputs(**sizes, dtype=torch.float32, device=device)
     assert_within_budget(triton_scan, inputs, {"delta_softplus": True, **bounds})
@@ -66,7 +66,7 @@ def test_a_model_s_states_are_shared_out_over_lanes(layout, device):
 def test_scratch_is_shared_by_slices_of_the_channels(device, monkeypatch):
     inputs = make_inputs(batch=1, dim=70, length=3, dstate=3, dtype=torch.float32, device=device)
     want = results_and_gradients(triton_scan, inputs, {})
-    monkeypatch.setattr(kernels, "_blocks_at_once", lambda *_: 2)
+    monkeypatch.setattr(launch_backward_kernels, "_blocks_at_once", lambda *_: 2)
     got = results_and_gradients(triton_scan, inputs, {})
     for name in want:
         torch.testing.assert_close(got[name], want[name], msg=lambda text, name=name: f"{name}: {text}")
@@ -74,7 +74,7 @@ def test_scratch_is_shared_by_slices_of_the_channels(device, monkeypatch):
 
 @pytest.mark.parametrize("name", ["all", "constant-B", "constant-C-grouped-B", "packed-reverse", "no-steps"])
 def test_backward_takes_some_states_at_a_time(name, device, monkeypatch):
-    monkeypatch.setattr(kernels, "MOST_BACKWARD", 4)
+    monkeypatch.setattr(launch_backward_kernels, "MOST_STATES", 4)
     sizes, options = CASES[name]
     inputs = make_inputs(**{**sizes, "dstate": 6}, dtype=torch.float32, device=device)
     assert_within_budget(triton_scan, inputs, options)
@@ -84,9 +84,9 @@ def test_backward_takes_some_states_at_a_time(name, device, monkeypatch):
 def short_iterations(monkeypatch):
     """Iterations of two steps: tests of what surrounds the kernels need not wait for steps that are not there."""
     short = Tiling(2, 2, 2, 2, 1)
-    monkeypatch.setattr(kernels, "TILINGS", {4: short})
-    monkeypatch.setattr(kernels, "BY_STEP", {4: short})
-    monkeypatch.setattr(kernels, "IN_WORDS", {4: short})
+    monkeypatch.setattr(tilings, "TILINGS", {4: short})
+    monkeypatch.setattr(tilings, "BY_STEP", {4: short})
+    monkeypatch.setattr(tilings, "IN_WORDS", {4: short})
 
 
 def test_empty_inputs_give_zero_gradients(device):
@@ -240,7 +240,7 @@ def test_no_more_is_kept_than_the_cuda_extension_keeps(dim, length, dstate):
     """It keeps the ungated output, and two numbers for each state in every 2,048 steps."""
     u = torch.empty(1, dim, length, dtype=torch.bfloat16, device="meta")
     A = torch.empty(dim, dstate, device="meta")
-    *_, states = kernels.new_results(u, A, None, False, True)
+    *_, states = launch_forward_kernels.new_results(u, A, None, False, True)
     assert states.nbytes <= 1.1 * (u.nbytes + math.ceil(length / 2048) * 2 * A.nbytes)
 
 
@@ -254,14 +254,14 @@ def test_spans_shorten_until_they_fill_a_gpu_with_programs():
 def test_rounding_up_an_odd_length_slices_no_scratch(device):
     inputs = make_inputs(batch=1, dim=384, length=197, dstate=16, dtype=torch.bfloat16, device=device)
     call = launch_kernels.Call(*(inputs[name] for name in "uABC"), None, True, False)
-    assert kernels._blocks_at_once(call, kernels.TILINGS[16], 24) == 24
+    assert launch_backward_kernels._blocks_at_once(call, tilings.TILINGS[16], 24) == 24
 
 
 def test_states_are_kept_for_a_backward_pass_alone(device, monkeypatch):
-    from cab_kernels.scan import kernels
-
-    kept, new_results = [], kernels.new_results
-    monkeypatch.setattr(kernels, "new_results", lambda *given: kept.append(given[-1]) or new_results(*given))
+    kept, new_results = [], launch_forward_kernels.new_results
+    monkeypatch.setattr(
+        launch_forward_kernels, "new_results", lambda *given: kept.append(given[-1]) or new_results(*given)
+    )
     inputs = make_inputs(dtype=torch.float32, device=device)
     triton_scan(**inputs)
     triton_scan(**{name: tensor.detach() for name, tensor in inputs.items()})

@@ -16,7 +16,8 @@ from cab_kernels import selective_scan_fn
 
 pytestmark = pytest.mark.gpu
 triton = pytest.importorskip("triton")
-kernels = pytest.importorskip("cab_kernels.scan.kernels")
+launch_forward_kernels = pytest.importorskip("cab_kernels.scan.launch_forward_kernels")
+launch_backward_kernels = pytest.importorskip("cab_kernels.scan.launch_backward_kernels")
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 
@@ -126,8 +127,8 @@ def test_new_lengths_do_not_compile_anew(monkeypatch):
 
 def test_offsets_beyond_31_bits(monkeypatch):
     """Of tensors of more than 2^31 elements, stored (batch, length, dim), a scan of the end gives the same bits."""
-    monkeypatch.setattr(kernels, "FILL_FORWARD", 0)  # nor is the end, of few channels, split in time
-    monkeypatch.setattr(kernels, "FILL_BACKWARD", 0)
+    monkeypatch.setattr(launch_forward_kernels, "FILL", 0)  # nor is the end, of few channels, split in time
+    monkeypatch.setattr(launch_backward_kernels, "FILL", 0)
     if torch.cuda.mem_get_info()[0] < 32 * 2**30:
         pytest.skip("needs 32 GiB of free GPU memory")
     batch, dim, length = 2, 32_768, 32_776

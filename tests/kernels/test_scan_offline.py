@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from cab_kernels.scan.kernels import TILINGS
 from cab_kernels.scan.launch_kernels import PAD
+from cab_kernels.scan.tilings import TILINGS
 
 ACTIVATIONS = ("u", "delta", "z", "before", "out", "dout", "du", "ddelta", "dz")
 ABSENT = ("D", "z", "delta_bias", "initial", "cu_seqlens", "before", "last", "dlast", "start")
