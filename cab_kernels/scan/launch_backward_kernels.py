@@ -89,6 +89,7 @@ def _flat(given: list) -> list[Tensor]:
 
 
 def _backward(call: Call, dout, dlast_state, inputs, states, gradients) -> None:
+    """Backward of all states at once: see ``selective_scan_bwd``."""
     u, delta, A, B, C, D, z, delta_bias, _ = inputs
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = gradients
     A, D, delta_bias, dlast_state = map(contiguous, (A, D, delta_bias, dlast_state))

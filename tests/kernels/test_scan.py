@@ -16,6 +16,7 @@ from scan_cases import (
     results_and_gradients,
 )
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from cab_kernels import _backend, selective_scan_fn, selective_scan_ref
 
@@ -309,6 +310,20 @@ def test_compiles_without_a_graph_break(device, monkeypatch):
     for name in want:
         assert torch.equal(got[name], want[name]), name
         assert got[name].stride() == want[name].stride(), name
+
+
+@pytest.mark.usefixtures("short_iterations")
+def test_compiles_once_for_all_lengths(device, monkeypatch):
+    monkeypatch.setattr(_backend, "interpreting", lambda: not torch.cuda.is_available())
+    compiler = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(triton_scan, fullgraph=True, dynamic=True, backend=compiler)
+    for length in (5, 9, 12):
+        inputs = as_in_a_model(make_inputs(length=length, dtype=torch.float32, device=device))
+        want = results_and_gradients(triton_scan, inputs, {"delta_softplus": True})
+        got = results_and_gradients(compiled, inputs, {"delta_softplus": True})
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], msg=lambda text, name=name: f"{name}: {text}")
+    assert compiler.frame_count == 1
 
 
 def test_float64_is_for_the_reference(device):
