@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def selective_scan_ref(
@@ -165,9 +164,17 @@ class _Recurrence(torch.autograd.Function):
         return y, state.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dlast_state: Tensor) -> tuple[Tensor, ...]:
-        delta, x, A, B, C, *befores = ctx.saved_tensors
+        with torch.no_grad():
+            gradients = _Recurrence.gradients(*ctx.saved_tensors, dy=dy, dlast_state=dlast_state)
+        if torch.is_grad_enabled():
+            return _NoSecondDerivative.apply(*gradients, dy, dlast_state, *ctx.saved_tensors[:5])
+        return gradients
+
+    @staticmethod
+    def gradients(
+        delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, *befores: Tensor, dy: Tensor, dlast_state: Tensor
+    ) -> tuple[Tensor, ...]:
         ddelta, dx = torch.empty_like(delta), torch.empty_like(x)
         dA, dB, dC = torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(C)
         dy, dstate = dy.contiguous(), dlast_state.contiguous()
@@ -190,6 +197,18 @@ class _Recurrence(torch.autograd.Function):
             torch.sum(torch.mul(dstates, A, out=scratch), -2, keepdim=True, out=ddelta[chunk])
             dA += torch.mul(dstates, delta_c, out=scratch).sum((0, 1))
         return ddelta, dx, dA, dB, dC, dstate
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The first six of its arguments, gradients that depend on the others in a way that has no derivative here."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.view_as(gradient) for gradient in given[:6])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
+        raise RuntimeError("selective_scan_ref: expected first derivatives, got a second one, which is not defined")
 
 
 def _run_chunk(

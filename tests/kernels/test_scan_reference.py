@@ -41,11 +41,13 @@ def test_gradcheck(sizes, options):
     assert torch.autograd.gradcheck(scan, tuple(inputs.values()))
 
 
-def test_second_derivative_raises():
-    inputs = make_inputs()
-    grad = torch.autograd.grad(selective_scan_ref(**inputs).sum(), inputs["A"], create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+@pytest.mark.parametrize("optional", [(), ("z",)], ids=["bare", "gated"])
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C"])
+def test_second_derivative_raises(name, optional):
+    inputs = make_inputs(optional=optional)
+    grad = torch.autograd.grad(selective_scan_ref(**inputs).sum(), inputs[name], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="^selective_scan_ref: expected first derivatives, got a second one"):
+        torch.autograd.grad(grad.sum(), list(inputs.values()), allow_unused=True)
 
 
 class LargestResult(TorchDispatchMode):
