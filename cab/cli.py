@@ -207,14 +207,14 @@ def _distill(options: argparse.Namespace) -> None:
     settings = _settings(options)
     if options.resume and (options.preset or options.config or settings or options.data or options.out):
         raise UserError("expected --resume alone, since the run's own configuration holds; got other options beside it")
-    if options.print_config:
-        print(to_yaml(resolve(options.preset, options.config, settings, options.data)), end="")
-        return
     if options.resume:
         config, folder = of_run(options.resume), options.resume
     else:
         config = resolve(options.preset, options.config, settings, options.data)
         folder = options.out or Path("runs") / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return
     if _joined(config.device):
         config = dataclasses.replace(config, shard=True)
     from cab import processes
@@ -304,7 +304,7 @@ def _presets(options: argparse.Namespace) -> None:
         print(f"{title}:")
         for name, variant in variants.items():
             print(f"  {name:<{width}}{variant.help}")
-    print("\nevery value of a preset, with its meaning: cab distill --preset NAME --print-config")
+    print("\nevery value of a preset, with its meaning: cab distill --preset NAME --data DIR --print-config")
 
 
 def _subset(options: argparse.Namespace) -> None:

@@ -213,6 +213,7 @@ def test_the_saved_configuration_reproduces_the_run(finished: Path, tmp_path: Pa
         ),
         (["distill", "--set", "data.index=no.json"], "expected an index file, got no file no.json"),
         (["distill", "--resume", "no"], "expected the folder of a run, got no folder no"),
+        (["distill", "--resume", "no", "--print-config"], "expected the folder of a run, got no folder no"),
         (["distill", "--resume", "no", "--set", "seed=1"], "expected --resume alone, "),
         (["distill", "--resume", "no", "--data", "x"], "expected --resume alone, "),
         (
@@ -363,7 +364,11 @@ def test_print_config_is_a_configuration(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["distill", "--print-config", "--set", "optim.lr=0.25"]) == 0
     (tmp_path / "my.yaml").write_text(capsys.readouterr().out)
     assert main(["distill", "--print-config", "--config", str(tmp_path / "my.yaml")]) == 0
-    assert "  lr: 0.25  # peak learning rate" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "  lr: 0.25  # peak learning rate" in printed
+    (tmp_path / "config.yaml").write_text(printed)
+    assert main(["distill", "--print-config", "--resume", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == printed
 
 
 def test_subset_writes_an_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,8 +53,8 @@ def bridge_mse(
             ``(target - mean) * rstd``, as it is read.
         backend: None, "triton" or "reference".
 
-    x, w1, b1, w2 and b2 get a gradient, once: a second derivative raises. Where nothing counts, the loss and its
-    gradients are 0. Products run in the autocast dtype under ``torch.autocast`` and in x's dtype otherwise (the
+    x, w1, b1, w2 and b2 get a gradient, on Triton once: a second derivative raises. Where nothing counts, the loss and
+    its gradients are 0. Products run in the autocast dtype under ``torch.autocast`` and in x's dtype otherwise (the
     weights may be float32 all the while), and accumulate in float32; float32 ones honour
     ``torch.get_float32_matmul_precision()``. The reference computes in at least float32 always.
 

@@ -14,9 +14,9 @@ from cab_kernels.scan.states_kernels import _chain_kernel
 from cab_kernels.scan.tilings import Tiling
 
 PAD = 32  # rows of zeros after each sequence: as many as any kernel reads beyond its end
-SPANS = (32, 128)  # how many steps lie between the states that forward keeps: so many whole iterations
+SPANS = (32, 128)  # steps between the states that forward keeps, multiples of any iteration's
 FEW_STATES = 2**19  # as many programs as fill a GPU work on so many states at a time
-FEWEST_BY_STEP = 4  # states where steps lie side by side: as many lanes read a channel's steps together
+FEWEST_BY_STEP = 4  # states where steps lie side by side, so that lanes share a channel
 FILL_DIRECTION = 2048  # with as many programs each, two directions are faster one after the other
 
 
