@@ -315,7 +315,7 @@ class BidirectionalMambaInner(torch.autograd.Function):
         return *gradients, *ddt_bias.unbind(), dA_log0, dA_log1, *dD.unbind()
 
 
-def _projections(projected, states, x_weight, dt_weight, A):
+def _projections(projected, _states, _x_weight, dt_weight, A):
     """B of both directions, and C."""
     _, B, C = _parts(projected, dt_weight, A)
     return *B.unbind(), *C.unbind()

@@ -129,7 +129,7 @@ def _selective_scan_bwd_kernel(
             count = length
         end = count
     block = first_block + pid % blocks
-    lane, base, own, edge, group = channels_of(block, channels, groups, S, R)
+    lane, base, own, edge, group = channels_of(block, channels, S, R)
     second, skip = direction_of(group, groups, dim, BOTH, SECOND)
     mask = own < edge
     row = tl.where(mask, own - skip, 0)
@@ -137,7 +137,7 @@ def _selective_scan_bwd_kernel(
     limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
     state = states_of(lane, S, NT, ORDERS)
     A_ptr = one_of(A_ptr, second, BOTH)
-    A = load_matrix(A_ptr, base - skip, edge - skip, 0, dstate, lane, state, S, R, NT, NATIVE)
+    A = load_matrix(A_ptr, base - skip, edge - skip, 0, dstate, lane, state, R, NT, NATIVE)
     D = 0.0
     if D_ptr is not None:
         D = tl.load(one_of(D_ptr, second, BOTH) + row).to(tl.float32)
@@ -145,9 +145,9 @@ def _selective_scan_bwd_kernel(
     if delta_bias_ptr is not None:
         bias = tl.load(one_of(delta_bias_ptr, second, BOTH) + row).to(tl.float32)
     if B_ptr is not None:
-        B_constant = load_matrix(B_ptr, base, edge, 0, dstate, lane, state, S, R, NT, NATIVE)
+        B_constant = load_matrix(B_ptr, base, edge, 0, dstate, lane, state, R, NT, NATIVE)
     if C_ptr is not None:
-        C_constant = load_matrix(C_ptr, base, edge, 0, dstate, lane, state, S, R, NT, NATIVE)
+        C_constant = load_matrix(C_ptr, base, edge, 0, dstate, lane, state, R, NT, NATIVE)
     zeros = ()
     for _ in tl.static_range(U):
         zeros = zeros + (tl.zeros([1, 32], tl.float32),)
@@ -158,10 +158,10 @@ def _selective_scan_bwd_kernel(
     dbias = tl.zeros([1, 32], tl.float32)
     if SPLIT:
         carry = load_matrix(
-            adjoints_ptr, base, edge, (first // size + sequence + span) * dim, N, lane, state, S, R, NT, NATIVE
+            adjoints_ptr, base, edge, (first // size + sequence + span) * dim, N, lane, state, R, NT, NATIVE
         )
     elif dlast_ptr is not None:
-        carry = load_matrix(dlast_ptr, base, edge, sequence * dim, dstate, lane, state, S, R, NT, NATIVE)
+        carry = load_matrix(dlast_ptr, base, edge, sequence * dim, dstate, lane, state, R, NT, NATIVE)
     else:
         carry = zeros
 
@@ -195,11 +195,11 @@ def _selective_scan_bwd_kernel(
         drows = drows_ptr + ((pid % blocks).to(tl.int64) * total_rows + first + sequence * PAD) * (2 * N)
     top = tl.maximum(begin + (tl.cdiv(end - begin, T) - 1) * T, begin)
 
-    next_u = load_steps(u_row, part + top, limit, second, STRIDE_U, STEPS, ALIGNED_U, BOTH, NATIVE)
-    next_delta = load_steps(delta_row, part + top, limit, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, BOTH, NATIVE)
-    next_dout = load_steps(dout_row, part + top, limit, second, STRIDE_DOUT, STEPS, ALIGNED_DOUT, BOTH, NATIVE)
+    next_u = load_steps(u_row, part + top, limit, second, STRIDE_U, STEPS, ALIGNED_U, NATIVE)
+    next_delta = load_steps(delta_row, part + top, limit, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, NATIVE)
+    next_dout = load_steps(dout_row, part + top, limit, second, STRIDE_DOUT, STEPS, ALIGNED_DOUT, NATIVE)
     if z_ptr is not None:
-        next_z = load_steps(z_row, part + top, limit, second, STRIDE_Z, STEPS, ALIGNED_Z, BOTH, NATIVE)
+        next_z = load_steps(z_row, part + top, limit, second, STRIDE_Z, STEPS, ALIGNED_Z, NATIVE)
     befores = (first // T + sequence) * befores_dim - first_channel
     kept = tl.zeros([1, 32], tl.int32)
     if NATIVE:
@@ -214,14 +214,14 @@ def _selective_scan_bwd_kernel(
         u = take_steps(next_u, second, STRIDE_U, STEPS, ALIGNED_U, BOTH)
         x = take_steps(next_delta, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, BOTH)
         dout = take_steps(next_dout, second, STRIDE_DOUT, STEPS, ALIGNED_DOUT, BOTH)
-        next_u = load_steps(u_row, part + then, limit, second, STRIDE_U, STEPS, ALIGNED_U, BOTH, NATIVE)
-        next_delta = load_steps(delta_row, part + then, limit, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, BOTH, NATIVE)
-        next_dout = load_steps(dout_row, part + then, limit, second, STRIDE_DOUT, STEPS, ALIGNED_DOUT, BOTH, NATIVE)
+        next_u = load_steps(u_row, part + then, limit, second, STRIDE_U, STEPS, ALIGNED_U, NATIVE)
+        next_delta = load_steps(delta_row, part + then, limit, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, NATIVE)
+        next_dout = load_steps(dout_row, part + then, limit, second, STRIDE_DOUT, STEPS, ALIGNED_DOUT, NATIVE)
         if z_ptr is not None:
             z = take_steps(next_z, second, STRIDE_Z, STEPS, ALIGNED_Z, BOTH)
-            next_z = load_steps(z_row, part + then, limit, second, STRIDE_Z, STEPS, ALIGNED_Z, BOTH, NATIVE)
+            next_z = load_steps(z_row, part + then, limit, second, STRIDE_Z, STEPS, ALIGNED_Z, NATIVE)
         if before_ptr is not None:
-            dz_before = load_steps(before_row, now, limit, second, STRIDE_BEFORE, STEPS, ALIGNED_BEFORE, BOTH, NATIVE)
+            dz_before = load_steps(before_row, now, limit, second, STRIDE_BEFORE, STEPS, ALIGNED_BEFORE, NATIVE)
         rows_t = rows + t.to(tl.int64) * WIDTH
         if drows_ptr is not None:
             drows_t = drows + t.to(tl.int64) * (2 * N)
@@ -393,14 +393,14 @@ def _selective_scan_bwd_kernel(
         dA_values = ()
         for i in tl.static_range(U):
             dA_values = dA_values + (from_exponent(dA[i], NATIVE),)
-        store_matrix(dA_ptr + parts, base, edge, 0, dstate, lane, state, dA_values, S, R, NT, NATIVE)
+        store_matrix(dA_ptr + parts, base, edge, 0, dstate, lane, state, dA_values, R, NT, NATIVE)
     if B_ptr is not None and dB_ptr is not None:
-        store_matrix(dB_ptr + parts, base, edge, 0, dstate, lane, state, dB, S, R, NT, NATIVE)
+        store_matrix(dB_ptr + parts, base, edge, 0, dstate, lane, state, dB, R, NT, NATIVE)
     if C_ptr is not None and dC_ptr is not None:
-        store_matrix(dC_ptr + parts, base, edge, 0, dstate, lane, state, dC, S, R, NT, NATIVE)
+        store_matrix(dC_ptr + parts, base, edge, 0, dstate, lane, state, dC, R, NT, NATIVE)
     if dinitial_ptr is not None:
         if span == 0:
-            store_matrix(dinitial_ptr, base, edge, sequence * dim, dstate, lane, state, carry, S, R, NT, NATIVE)
+            store_matrix(dinitial_ptr, base, edge, sequence * dim, dstate, lane, state, carry, R, NT, NATIVE)
     for level in tl.static_range(log2_int(PARTS)):
         dD += from_lane(dD, lane ^ (R << level))
         dbias += from_lane(dbias, lane ^ (R << level))

@@ -331,7 +331,6 @@ def load_steps(
     STRIDE: tl.constexpr,
     STEPS: tl.constexpr,
     ALIGNED: tl.constexpr,
-    BOTH: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     """STEPS steps from ``first`` on of each lane's row, zero from step ``count`` on: as loaded, see ``take_steps``.

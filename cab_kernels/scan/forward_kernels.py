@@ -70,7 +70,7 @@ def sequence_of(task, length, cu_seqlens_ptr, sequences, size):
 
 
 @triton.jit
-def channels_of(block, channels, groups, S: tl.constexpr, R: tl.constexpr):
+def channels_of(block, channels, S: tl.constexpr, R: tl.constexpr):
     """Which channel each lane owns, and which R it works on: the r-th is ``base + ((lane % R) ^ r)``.
 
     Blocks never straddle two groups, of ``channels`` channels each. Returns lane, base, own, the end of the group, and
@@ -142,9 +142,7 @@ def states_of(lane, S: tl.constexpr, NT: tl.constexpr, ORDERS: tl.constexpr):
 
 
 @triton.jit
-def load_matrix(
-    ptr, base, edge, row, width, lane, states, S: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr
-):
+def load_matrix(ptr, base, edge, row, width, lane, states, R: tl.constexpr, NT: tl.constexpr, NATIVE: tl.constexpr):
     """A lane's part of a (channels, width) matrix: R x NT numbers, zero beyond its edges."""
     values = ()
     for r in tl.static_range(R):
@@ -165,7 +163,6 @@ def store_matrix(
     lane,
     states,
     values,
-    S: tl.constexpr,
     R: tl.constexpr,
     NT: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -231,7 +228,7 @@ def _selective_scan_fwd_kernel(
             first = sequence * length
             count = length
         end = count
-    lane, base, own, edge, group = channels_of(first_block + pid % blocks, channels, groups, S, R)
+    lane, base, own, edge, group = channels_of(first_block + pid % blocks, channels, S, R)
     second, skip = direction_of(group, groups, dim, BOTH, SECOND)
     mask = own < edge
     row = tl.where(mask, own - skip, 0)
@@ -239,13 +236,13 @@ def _selective_scan_fwd_kernel(
     limit = tl.where(mask & (lane % S < R * PARTS), end, 0)
     states = states_of(lane, S, NT, 1)
     A_ptr = one_of(A_ptr, second, BOTH)
-    A = load_matrix(A_ptr, base - skip, edge - skip, 0, dstate, lane, states, S, R, NT, NATIVE)
+    A = load_matrix(A_ptr, base - skip, edge - skip, 0, dstate, lane, states, R, NT, NATIVE)
     slot = first // size + sequence
     if SPLIT:
         start = (first // chunk + sequence + index) * dim
-        h = load_matrix(starts_ptr, base, edge, start, N, lane, states, S, R, NT, NATIVE)
+        h = load_matrix(starts_ptr, base, edge, start, N, lane, states, R, NT, NATIVE)
     elif initial_ptr is not None:
-        h = load_matrix(initial_ptr, base, edge, sequence * dim, dstate, lane, states, S, R, NT, NATIVE)
+        h = load_matrix(initial_ptr, base, edge, sequence * dim, dstate, lane, states, R, NT, NATIVE)
     else:
         h = ()
         for _ in tl.static_range(R * NT):
@@ -257,9 +254,9 @@ def _selective_scan_fwd_kernel(
     if delta_bias_ptr is not None:
         bias = tl.load(one_of(delta_bias_ptr, second, BOTH) + row).to(tl.float32)
     if B_ptr is not None:
-        B_constant = load_matrix(B_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
+        B_constant = load_matrix(B_ptr, base, edge, 0, dstate, lane, states, R, NT, NATIVE)
     if C_ptr is not None:
-        C_constant = load_matrix(C_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
+        C_constant = load_matrix(C_ptr, base, edge, 0, dstate, lane, states, R, NT, NATIVE)
     u_ptr = one_of(u_ptr, second, BOTH)
     u_row = row_of(u_ptr, strides_u, sequence, first, count, row, second, STRIDE_U, STEPS, PACKED)
     delta_ptr = one_of(delta_ptr, second, BOTH)
@@ -272,18 +269,16 @@ def _selective_scan_fwd_kernel(
     if NATIVE:
         touched = touch_rows(rows, lane, T, 2 * N, N)
 
-    next_u = load_steps(u_row, part + begin, limit, second, STRIDE_U, STEPS, ALIGNED_U, BOTH, NATIVE)
-    next_delta = load_steps(delta_row, part + begin, limit, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, BOTH, NATIVE)
+    next_u = load_steps(u_row, part + begin, limit, second, STRIDE_U, STEPS, ALIGNED_U, NATIVE)
+    next_delta = load_steps(delta_row, part + begin, limit, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, NATIVE)
     if z_ptr is not None:
         z_row = row_of(z_ptr, strides_z, sequence, first, count, row, second, STRIDE_Z, STEPS, PACKED)
-        next_z = load_steps(z_row, part + begin, limit, second, STRIDE_Z, STEPS, ALIGNED_Z, BOTH, NATIVE)
+        next_z = load_steps(z_row, part + begin, limit, second, STRIDE_Z, STEPS, ALIGNED_Z, NATIVE)
     if before_ptr is not None:
         before_row = row_of(
             before_ptr, strides_before, sequence, first, count, row, second, STRIDE_BEFORE, STEPS, PACKED
         )
-        next_before = load_steps(
-            before_row, part + begin, limit, second, STRIDE_BEFORE, STEPS, ALIGNED_BEFORE, BOTH, NATIVE
-        )
+        next_before = load_steps(before_row, part + begin, limit, second, STRIDE_BEFORE, STEPS, ALIGNED_BEFORE, NATIVE)
     for span in range(begin, end, size):
         if states_ptr is not None:
             for r in tl.static_range(R):
@@ -297,15 +292,15 @@ def _selective_scan_fwd_kernel(
             now = part + t
             u = take_steps(next_u, second, STRIDE_U, STEPS, ALIGNED_U, BOTH)
             x = take_steps(next_delta, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, BOTH)
-            next_u = load_steps(u_row, now + T, limit, second, STRIDE_U, STEPS, ALIGNED_U, BOTH, NATIVE)
-            next_delta = load_steps(delta_row, now + T, limit, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, BOTH, NATIVE)
+            next_u = load_steps(u_row, now + T, limit, second, STRIDE_U, STEPS, ALIGNED_U, NATIVE)
+            next_delta = load_steps(delta_row, now + T, limit, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, NATIVE)
             if z_ptr is not None:
                 z = take_steps(next_z, second, STRIDE_Z, STEPS, ALIGNED_Z, BOTH)
-                next_z = load_steps(z_row, now + T, limit, second, STRIDE_Z, STEPS, ALIGNED_Z, BOTH, NATIVE)
+                next_z = load_steps(z_row, now + T, limit, second, STRIDE_Z, STEPS, ALIGNED_Z, NATIVE)
             if before_ptr is not None:
                 before = take_steps(next_before, second, STRIDE_BEFORE, STEPS, ALIGNED_BEFORE, BOTH)
                 next_before = load_steps(
-                    before_row, now + T, limit, second, STRIDE_BEFORE, STEPS, ALIGNED_BEFORE, BOTH, NATIVE
+                    before_row, now + T, limit, second, STRIDE_BEFORE, STEPS, ALIGNED_BEFORE, NATIVE
                 )
             if NATIVE:
                 kept = let_go(kept, touched, TOUCHED)
@@ -358,7 +353,7 @@ def _selective_scan_fwd_kernel(
     if NATIVE:
         keep_touched(kept, total_rows >> 31)
     if last_ptr is not None and end == count:
-        store_matrix(last_ptr, base, edge, sequence * dim, dstate, lane, states, h, S, R, NT, NATIVE)
+        store_matrix(last_ptr, base, edge, sequence * dim, dstate, lane, states, h, R, NT, NATIVE)
 
 
 @triton.jit

@@ -69,7 +69,7 @@ def _sweep_kernel(
     sequence, span, first, count = sequence_of(pid // blocks, length, cu_seqlens_ptr, sequences, size)
     begin = min(span * size, count)
     end = min(begin + size, count)
-    lane, base, own, edge, group = channels_of(first_block + pid % blocks, channels, groups, S, R)
+    lane, base, own, edge, group = channels_of(first_block + pid % blocks, channels, S, R)
     second, skip = direction_of(group, groups, dim, BOTH, SECOND)
     mask = own < edge
     row = tl.where(mask, own - skip, 0)
@@ -78,14 +78,14 @@ def _sweep_kernel(
     slot = first // size + sequence + span
     states = states_of(lane, S, NT, 1)
     A_ptr = one_of(A_ptr, second, BOTH)
-    A = load_matrix(A_ptr, base - skip, edge - skip, 0, dstate, lane, states, S, R, NT, NATIVE)
+    A = load_matrix(A_ptr, base - skip, edge - skip, 0, dstate, lane, states, R, NT, NATIVE)
     bias = 0.0
     if delta_bias_ptr is not None:
         bias = tl.load(one_of(delta_bias_ptr, second, BOTH) + row).to(tl.float32)
     if B_ptr is not None:
-        B_constant = load_matrix(B_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
+        B_constant = load_matrix(B_ptr, base, edge, 0, dstate, lane, states, R, NT, NATIVE)
     if C_ptr is not None:
-        C_constant = load_matrix(C_ptr, base, edge, 0, dstate, lane, states, S, R, NT, NATIVE)
+        C_constant = load_matrix(C_ptr, base, edge, 0, dstate, lane, states, R, NT, NATIVE)
     zeros = ()
     ones = ()
     for _ in tl.static_range(R * NT):
@@ -94,7 +94,7 @@ def _sweep_kernel(
     if LOCAL:
         h = zeros
     else:
-        h = load_matrix(states_ptr, base, edge, slot * dim, N, lane, states, S, R, NT, NATIVE)
+        h = load_matrix(states_ptr, base, edge, slot * dim, N, lane, states, R, NT, NATIVE)
     decay = ones
     adjoint = zeros
     elapsed = tl.zeros([1, 32], tl.float32)
@@ -108,26 +108,26 @@ def _sweep_kernel(
     kept = tl.zeros([1, 32], tl.int32)
     if NATIVE:
         touched = touch_rows(rows, lane, T, WIDTH, N)
-    next_u = load_steps(u_row, part + begin, limit, second, STRIDE_U, STEPS, ALIGNED_U, BOTH, NATIVE)
-    next_delta = load_steps(delta_row, part + begin, limit, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, BOTH, NATIVE)
+    next_u = load_steps(u_row, part + begin, limit, second, STRIDE_U, STEPS, ALIGNED_U, NATIVE)
+    next_delta = load_steps(delta_row, part + begin, limit, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, NATIVE)
     if ADJOINT:
         dout_row = row_of(dout_ptr, strides_dout, sequence, first, count, row, second, STRIDE_DOUT, STEPS, PACKED)
-        next_dout = load_steps(dout_row, part + begin, limit, second, STRIDE_DOUT, STEPS, ALIGNED_DOUT, BOTH, NATIVE)
+        next_dout = load_steps(dout_row, part + begin, limit, second, STRIDE_DOUT, STEPS, ALIGNED_DOUT, NATIVE)
         if z_ptr is not None:
             z_row = row_of(z_ptr, strides_z, sequence, first, count, row, second, STRIDE_Z, STEPS, PACKED)
-            next_z = load_steps(z_row, part + begin, limit, second, STRIDE_Z, STEPS, ALIGNED_Z, BOTH, NATIVE)
+            next_z = load_steps(z_row, part + begin, limit, second, STRIDE_Z, STEPS, ALIGNED_Z, NATIVE)
     for t in range(begin, end, T):
         now = part + t
         u = take_steps(next_u, second, STRIDE_U, STEPS, ALIGNED_U, BOTH)
         x = take_steps(next_delta, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, BOTH)
-        next_u = load_steps(u_row, now + T, limit, second, STRIDE_U, STEPS, ALIGNED_U, BOTH, NATIVE)
-        next_delta = load_steps(delta_row, now + T, limit, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, BOTH, NATIVE)
+        next_u = load_steps(u_row, now + T, limit, second, STRIDE_U, STEPS, ALIGNED_U, NATIVE)
+        next_delta = load_steps(delta_row, now + T, limit, second, STRIDE_DELTA, STEPS, ALIGNED_DELTA, NATIVE)
         if ADJOINT:
             dout = take_steps(next_dout, second, STRIDE_DOUT, STEPS, ALIGNED_DOUT, BOTH)
-            next_dout = load_steps(dout_row, now + T, limit, second, STRIDE_DOUT, STEPS, ALIGNED_DOUT, BOTH, NATIVE)
+            next_dout = load_steps(dout_row, now + T, limit, second, STRIDE_DOUT, STEPS, ALIGNED_DOUT, NATIVE)
             if z_ptr is not None:
                 z = take_steps(next_z, second, STRIDE_Z, STEPS, ALIGNED_Z, BOTH)
-                next_z = load_steps(z_row, now + T, limit, second, STRIDE_Z, STEPS, ALIGNED_Z, BOTH, NATIVE)
+                next_z = load_steps(z_row, now + T, limit, second, STRIDE_Z, STEPS, ALIGNED_Z, NATIVE)
         if NATIVE:
             kept = let_go(kept, touched, TOUCHED)
             touched = touch_rows(rows + T * WIDTH, lane, T, WIDTH, N)
@@ -198,11 +198,11 @@ def _sweep_kernel(
                 total = from_lane(elapsed, lane // S * S + ((lane % R) ^ r))
                 for j in tl.static_range(NT):
                     decay = decay + (power(total * A[r * NT + j], NATIVE),)
-            store_matrix(states_ptr, base, edge, slot * dim, N, lane, states, h, S, R, NT, NATIVE)
+            store_matrix(states_ptr, base, edge, slot * dim, N, lane, states, h, R, NT, NATIVE)
         if LOCAL or ADJOINT:
-            store_matrix(decays_ptr, base, edge, slot * dim, N, lane, states, decay, S, R, NT, NATIVE)
+            store_matrix(decays_ptr, base, edge, slot * dim, N, lane, states, decay, R, NT, NATIVE)
         if ADJOINT:
-            store_matrix(adjoints_ptr, base, edge, slot * dim, N, lane, states, adjoint, S, R, NT, NATIVE)
+            store_matrix(adjoints_ptr, base, edge, slot * dim, N, lane, states, adjoint, R, NT, NATIVE)
 
 
 @jit

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("triton")
 
 from cab_kernels.scan.launch_kernels import PAD
-from cab_kernels.scan.tilings import TILINGS
+from cab_kernels.scan.tilings import BACKWARD, IN_WORDS, NARROW, TILINGS, Tiling
 
 ACTIVATIONS = ("u", "delta", "z", "before", "out", "dout", "du", "ddelta", "dz")
 ABSENT = ("D", "z", "delta_bias", "initial", "cu_seqlens", "before", "last", "dlast", "start")
@@ -23,14 +23,13 @@ KERNELS = {
 
 
 def spec(
-    module: str, kernel: str, *, options_on: bool, dstate: int, aligned: bool, native: bool, both: bool = False
+    module: str, kernel: str, *, options_on: bool, tiling: Tiling, aligned: bool, native: bool, both: bool = False
 ) -> dict:
     """All options on and B and C variable, or all options off and B and C constant; ``both`` directions, or one."""
     module = f"cab_kernels.scan.{module}_kernels"
     names = list(inspect.signature(getattr(importlib.import_module(module), kernel).fn).parameters)
-    tiling = TILINGS[dstate]
     values = {name: getattr(tiling, name) for name in ("S", "R", "NT", "STEPS", "PARTS")}
-    values |= {"PAD": PAD, "N": dstate, "BLOCK": 16, "AT_ONCE": 8, "ROWS": 8, "NATIVE": native}
+    values |= {"PAD": PAD, "N": tiling.S * tiling.NT, "BLOCK": 16, "AT_ONCE": 8, "ROWS": 8, "NATIVE": native}
     values |= {"ORDERS": tiling.orders}
     values |= dict.fromkeys(("B_BY_STEP", "dB_BY_STEP"), options_on) | dict.fromkeys(("C_BY_STEP", "dC_BY_STEP"), False)
     values |= dict.fromkeys(("SOFTPLUS", "SPLIT", "ADJOINT", "BACKWARD"), options_on)
@@ -68,10 +67,10 @@ def spec(
 
 # Each way to read memory, with the instructions of NVIDIA GPUs and with what stands in for them.
 VARIANTS = [
-    {"options_on": True, "dstate": 16, "aligned": False, "native": True},
-    {"options_on": False, "dstate": 8, "aligned": True, "native": True},
-    {"options_on": True, "dstate": 4, "aligned": True, "native": False},
-    {"options_on": True, "dstate": 16, "aligned": False, "native": True, "both": True},
+    {"options_on": True, "tiling": TILINGS[16], "aligned": False, "native": True},
+    {"options_on": False, "tiling": IN_WORDS[4], "aligned": True, "native": True},
+    {"options_on": True, "tiling": TILINGS[4], "aligned": True, "native": False},
+    {"options_on": True, "tiling": TILINGS[16], "aligned": False, "native": True, "both": True},
 ]
 
 
@@ -80,3 +79,9 @@ def test_compiles_for_sm_80_90_and_100(compile_offline, variant):
     specs = [spec(module, kernel, **variant) for module, kernels in KERNELS.items() for kernel in kernels]
     log = compile_offline(specs)
     assert len(log.splitlines()) == 3 * len(specs)
+
+
+@pytest.mark.parametrize(("module", "tiling"), [("forward", NARROW), ("backward", BACKWARD[64])], ids=str)
+def test_compiles_with_a_tiling_of_its_own(compile_offline, module, tiling):
+    one = spec(module, KERNELS[module][0], options_on=True, tiling=tiling, aligned=False, native=True)
+    assert len(compile_offline([one]).splitlines()) == 3
