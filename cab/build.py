@@ -15,6 +15,7 @@ import cab.students.vim  # noqa: F401  registers the students with timm
 from cab.config import TeacherConfig, UserError, VisionConfig
 from cab.distill.task import LossWeights
 from cab.distill.vision import VisionTask
+from cab.images import input_size
 from cab.refusal import refused
 from cab.students.student import ImageStudent
 from cab.task_options import task_options
@@ -97,8 +98,9 @@ def distillation_task(config: VisionConfig, teacher: nn.Module | None, classes: 
 
 
 def supervised_task(model: nn.Module) -> VisionTask:
-    """A task that trains or measures a model on the labels alone."""
-    return VisionTask(cast(ImageStudent, model), weights=LossWeights(kd=0.0, ce=1.0))
+    """A task that trains or measures a model on the labels alone, on images of the size that it was built for."""
+    student, (_, *size) = cast(ImageStudent, model), input_size(model)
+    return VisionTask(student, weights=LossWeights(kd=0.0, ce=1.0), student_size=(size[0], size[1]))
 
 
 def _create(name: str, key: str, image_size: int, shape: dict[str, int | None], **options: Any) -> Any:
@@ -107,7 +109,8 @@ def _create(name: str, key: str, image_size: int, shape: dict[str, int | None], 
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UserError(f"expected {key} to be a model that timm knows, got {name!r}{hint}")
     given = {option: value for option, value in shape.items() if value is not None}
-    published = timm.get_pretrained_cfg(name)
+    with refused(f"expected {key} to be a model that timm knows"):
+        published = timm.get_pretrained_cfg(name)
     if published is None or published.input_size[-1] != image_size:
         options["img_size"] = image_size
         options["pretrained_cfg_overlay"] = {"input_size": (3, image_size, image_size)}

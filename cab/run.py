@@ -83,8 +83,8 @@ def report(folders: Sequence[Path], file: Path) -> tuple[Measure, list[Row]]:
         raise UserError("expected runs on images, or runs on text, got both")
     measure = PERPLEXITY if isinstance(configs[0], LanguageConfig) else ACCURACY
     metrics, rows = {}, []
-    for folder, config in zip(folders, configs, strict=True):
-        prefix = f"{folder.name}/" if len(folders) > 1 else ""
+    for folder, run, config in zip(folders, _names(folders), configs, strict=True):
+        prefix = f"{run}/" if len(folders) > 1 else ""
         for name in ("teacher", *config.arms):
             entries = read_metrics(folder / name / METRICS)
             if entries and name != "teacher":
@@ -95,8 +95,18 @@ def report(folders: Sequence[Path], file: Path) -> tuple[Measure, list[Row]]:
     if not metrics:
         raise UserError(f"expected a run with metrics, got none in {', '.join(map(str, folders))}")
     levels = {row.score for row in rows if row.name.rpartition("/")[2] == "teacher"}
-    plot(measure, metrics, levels.pop() if len(levels) == 1 else None, ", ".join(f.name for f in folders), file)
+    plot(measure, metrics, levels.pop() if len(levels) == 1 else None, ", ".join(_names(folders)), file)
     return measure, rows
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the folders' paths that tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for count in range(1, max(map(len, parts))):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
 
 
 def compare_attention(folder: Path, file: Path, data: str | None = None, images: int = 256) -> None:

@@ -27,6 +27,7 @@ from cab.presets import ARMS, PRESETS
 AnyConfig = typing.TypeVar("AnyConfig", bound=Config)
 
 CONFIG = "config.yaml"  # the configuration in the folder of a run
+PLACES = ("data.root", "data.path", "data.index", "data.cache", "teacher.weights")  # of files and folders
 
 
 def resolve(
@@ -45,7 +46,10 @@ def resolve(
     known_name(preset, PRESETS, "preset")
     kind = PRESETS[preset].kind
     of_user = {**_source(kind, data), **dict(map(_setting, settings))}
-    config: RunConfig = _build(kind, {**PRESETS[preset].overrides, **of_file, **of_user, "preset": preset})
+    if "preset" in of_user:
+        raise UserError(f"expected --preset {of_user['preset']}, got --set preset={of_user['preset']}")
+    values = {**PRESETS[preset].overrides, **of_file, **of_user, "preset": preset}
+    config: RunConfig = _build(kind, {key: _place(value) if key in PLACES else value for key, value in values.items()})
     for arm in config.arms:
         known_name(arm, ARMS, "arm")
         of_arm(config, arm)  # refuses an arm that nothing is left to learn for
@@ -136,6 +140,14 @@ def _source(kind: type[Config], data: str | None) -> dict[str, str]:
         if kind is LanguageConfig
         else {"data.name": "folder", "data.root": data}
     )
+
+
+def _place(value: Any) -> Any:
+    """A path that holds wherever the run is gone on with; a name of what is not there, as it is."""
+    if not isinstance(value, str):
+        return value
+    path = Path(value).expanduser()
+    return str(path.absolute()) if path.exists() else str(path) if value.startswith("~") else value
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -19,6 +19,7 @@ ALLOWED = {
     "cab.zero": [],
     "cab.config": [],
     "cab.files": [],
+    "cab.images": [],
     "cab.packing": [],
     "cab.patches": [],
     "cab.placement": [],
@@ -36,6 +37,7 @@ ALLOWED = {
         "cab_kernels",
     ],
     "cab.teachers": [
+        "cab.images",
         "cab.logits",
         "cab.patches",
         "cab.placement",
@@ -46,6 +48,7 @@ ALLOWED = {
     "cab.distill": [
         "cab.bridge",
         "cab.distill",
+        "cab.images",
         "cab.layer_map",
         "cab.packing",
         "cab.processes",

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from cab.cli import main
+from cab.settings import resolve
 
 TINY = [
     "device=cpu",
@@ -137,6 +138,15 @@ def test_runs_are_compared(finished: Path, tmp_path: Path, capsys: pytest.Captur
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]] == ["teacher", "soft-kd", "cab"]
 
 
+def test_runs_of_one_name_are_told_apart(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [tmp_path / parent / "run" for parent in ("a", "b")]
+    for folder in folders:
+        shutil.copytree(finished, folder)
+    assert main(["report", *map(str, folders), "--out", str(tmp_path / "r.png")]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]]
+    assert names == [f"{parent}/run/{arm}" for parent in "ab" for arm in ("teacher", "soft-kd", "cab")]
+
+
 @pytest.mark.parametrize("option", [["--length", "8"], ["--mqar"]], ids=["length", "mqar"])
 def test_options_for_text(option: list[str], finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(finished), *option]) == 2
@@ -220,6 +230,11 @@ def test_the_saved_configuration_reproduces_the_run(finished: Path, tmp_path: Pa
             ["distill", "--teacher", "vit_tinny_patch16_224"],
             "expected teacher.name to be a model that timm knows, got ",
         ),
+        (
+            ["distill", "--teacher", "vit_tiny_patch16_224.nope"],
+            "expected teacher.name to be a model that timm knows, got: ",
+        ),
+        (["distill", "--set", "preset=lm"], "expected --preset lm, got --set preset=lm"),
         (["distill", "--student", "mamba"], "expected student.name to be one of vim_base_patch16_224, "),
         (["distill", "--fraction", "2"], "expected data.fraction to be at most 1, got 2.0"),
         (
@@ -331,6 +346,26 @@ def test_a_folder_of_images_is_distilled_and_measured(images: Path, capsys: pyte
     (images / "val").rename(images / "away")
     assert main(["eval", str(images / "run")]) == 2
     assert "expected a folder " in capsys.readouterr().err
+
+
+def test_a_run_is_measured_from_anywhere(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(images.parent)
+    assert main(of_folder(images, f"data.root={images.name}")) == 0
+    monkeypatch.chdir("/")
+    assert main(["eval", str(images / "run")]) == 0
+    monkeypatch.setenv("HOME", str(images.parent))
+    folder = ["data.name=folder", "data.image_size=16"]
+    assert resolve(settings=[*folder, f"data.root=~/{images.name}"]).data.root == str(images)
+    assert resolve(settings=[*folder, "data.root=~/none"]).data.root == str(images.parent / "none")
+
+
+def test_a_teacher_of_another_resolution_is_trained_and_teaches(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(of_folder(images, "teacher.image_size=32", "data.fraction=1")) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if "%" in line] == ["teacher", "cab"]
+    with safetensors.safe_open(images / "run" / "teacher.safetensors", "pt") as weights:
+        assert weights.get_tensor("pos_embed").shape[1] == 1 + (32 // 2) ** 2
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # newer Pythons warn of how torch starts its processes

@@ -14,6 +14,7 @@ from cab.distill.agreement import GradientAgreement
 from cab.distill.attention import AttentionAlignment
 from cab.distill.losses import Alignment, distillation_kl
 from cab.distill.task import DistillationTask
+from cab.images import resized
 from cab.students.student import ImageStudent, Projections
 from cab.teachers.timm import TimmTeacher
 from cab.token_map import token_map
@@ -25,6 +26,7 @@ class VisionTask(DistillationTask):
     Args beyond those of :class:`DistillationTask`:
         attention: align attention matrices, see :class:`cab.distill.attention.AttentionAlignment`, in the place of B
             and C through bridges.
+        student_size: the height and width to which the student's images are resized; None: it takes them as they are.
 
     Raises:
         ValueError: also for ``attention`` beside bridges, or without a teacher.
@@ -45,9 +47,11 @@ class VisionTask(DistillationTask):
         bridges: Bridges | None = None,
         *,
         attention: bool = False,
+        student_size: tuple[int, int] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(student, teacher, bridges, **options)
+        self.student_size = student_size
         if attention and (bridges is not None or teacher is None):
             raise ValueError(
                 "VisionTask: expected a teacher and no bridges for the attention's alignment, got "
@@ -98,7 +102,8 @@ class VisionTask(DistillationTask):
     def _terms(self, images: Tensor, labels: Tensor | None, align: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's logits and the unweighted terms of the loss."""
         alignment = None
-        normalised = (images - self.student_mean) / self.student_std
+        fitting = images if self.student_size is None else resized(images, self.student_size)
+        normalised = (fitting - self.student_mean) / self.student_std
         if self.aligns and align:
             logits, projections = self.student.forward_with_projections(normalised)
             alignment = self._alignment(projections)

@@ -9,9 +9,9 @@ from typing import Any
 import timm.data
 import timm.layers
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cab.images import input_size, resized
 from cab.patches import patches_as_products
 from cab.teachers.attention_calls import ScaledDotProductCalls
 from cab.teachers.frozen import FrozenLayerNorm, FrozenLinear
@@ -45,8 +45,7 @@ class TimmTeacher(Teacher):
         data = timm.data.resolve_data_config(model=model)
         self.register_buffer("mean", torch.tensor(data["mean"]).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(data["std"]).view(-1, 1, 1), persistent=False)
-        image_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-        self.input_size = (data["input_size"][0], *(image_size or data["input_size"][1:]))
+        self.input_size = input_size(model)
         self.num_layers = len(_blocks(model))
         if not self.num_layers:
             raise self._refusal("it has no list of 'blocks'")
@@ -77,12 +76,10 @@ class TimmTeacher(Teacher):
         Raises:
             ValueError: images of other channels than the model's.
         """
-        channels, *size = self.input_size
+        channels, height, width = self.input_size
         if images.shape[1] != channels:
             raise ValueError(f"TimmTeacher: {self.name} expected images of {channels} channels, got {images.shape[1]}")
-        if list(images.shape[2:]) != size:
-            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
-        images = (images - self.mean) / self.std
+        images = (resized(images, (height, width)) - self.mean) / self.std
         return self._stream(lambda: self.model(images), on_layer)
 
     def _probe(self) -> list[tuple[torch.Size, torch.Size]]:
