@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from cab_kernels.conv.bidirectional_kernels import bidirectional_conv1d_bwd, bidirectional_conv1d_fwd
 from cab_kernels.scan.launch_backward_kernels import new_gradients, selective_scan_bwd
 from cab_kernels.scan.launch_forward_kernels import new_results, selective_scan_fwd
+from cab_kernels.scan.launch_kernels import span_for
 
 Pair = Sequence[Tensor]
 
@@ -202,11 +203,11 @@ def bidirectional_mamba_inner(
     dt_bias: list[Tensor],
     A_log: list[Tensor],
     D: list[Tensor],
-    keep: bool,
+    keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, the projections of both directions, (2, batch, length, padded + 2 dstate), and what else backward wants.
 
-    That is the scan's states, if ``keep``, x_proj and dt_proj as the products take them, and A.
+    That is the scan's states, one in ``keep`` steps, x_proj and dt_proj as the products take them, and A.
     """
     with torch.autocast(xz.device.type, enabled=False):
         x, z = xz.contiguous().mT.chunk(2, dim=1)
@@ -296,7 +297,7 @@ class BidirectionalMambaInner(torch.autograd.Function):
     @staticmethod
     def forward(ctx, xz, *parameters):
         pairs = [list(pair) for pair in zip(parameters[::2], parameters[1::2], strict=True)]
-        out, *kept = bidirectional_mamba_inner(xz, *pairs, True)
+        out, *kept = bidirectional_mamba_inner(xz, *pairs, span_for(xz.mT.chunk(2, dim=1)[0], pairs[5]))
         ctx.save_for_backward(xz, *parameters, *kept)
         ctx.set_materialize_grads(False)
         return out, *_projections(*kept)
@@ -327,6 +328,6 @@ def bidirectional_mamba_inner_triton(xz: Tensor, *pairs: Pair) -> tuple[Tensor, 
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (xz, *parameters)):
         out, *projections = BidirectionalMambaInner.apply(xz, *parameters)
     else:
-        out, *kept = bidirectional_mamba_inner(xz, *map(list, pairs), False)
+        out, *kept = bidirectional_mamba_inner(xz, *map(list, pairs), 0)
         projections = _projections(*kept)
     return out, list(projections[:2]), list(projections[2:])

@@ -19,6 +19,7 @@ from cab_kernels.conv.kernels import causal_conv1d_bwd, causal_conv1d_fwd
 from cab_kernels.conv.op import sequence_index
 from cab_kernels.scan.launch_backward_kernels import new_gradients, selective_scan_bwd
 from cab_kernels.scan.launch_forward_kernels import new_results, selective_scan_fwd
+from cab_kernels.scan.launch_kernels import span_for
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
@@ -74,9 +75,9 @@ def mamba_inner(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     norm_eps: float | None,
-    keep: bool,
+    keep: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out, the projections (batch, length, rank + 2 dstate) before any norm, and the scan's states, if ``keep``."""
+    """out, the projections (batch, length, rank + 2 dstate) before any norm, and a scan's state in ``keep`` steps."""
     with torch.autocast(xz.device.type, enabled=False):
         x, z = xz.contiguous().mT.chunk(2, dim=1)
         u = _convolve(x, conv_weight, conv_bias, mask, _sequences(xz, cu_seqlens))
@@ -167,7 +168,8 @@ class MambaInner(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *tensors, ctx.norm_eps = arguments
-        out, projected, states = mamba_inner(*arguments, True)
+        xz, A = tensors[0], tensors[6]
+        out, projected, states = mamba_inner(*arguments, span_for(xz.mT.chunk(2, dim=1)[0], A))
         ctx.save_for_backward(*tensors, projected, states)
         ctx.set_materialize_grads(False)
         return out, *_projections(projected, *arguments)
@@ -195,5 +197,5 @@ def mamba_inner_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """out, B and C of :func:`cab_kernels.mamba_inner_fn`; x_proj and dt_proj are of xz's dtype, A is float32."""
     if torch.is_grad_enabled() and any(isinstance(given, Tensor) and given.requires_grad for given in arguments):
         return MambaInner.apply(*arguments)
-    out, projected, _ = mamba_inner(*arguments, False)
+    out, projected, _ = mamba_inner(*arguments, 0)
     return out, *_projections(projected, *arguments)

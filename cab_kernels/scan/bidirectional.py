@@ -123,4 +123,4 @@ def bidirectional_selective_scan_fn(
     tensors = [tensor for given in inputs for tensor in (given if isinstance(given, list) else [given])]
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return BidirectionalSelectiveScan.apply(delta_softplus, counts, *tensors)
-    return bidirectional_selective_scan(*inputs, delta_softplus, False)[0]
+    return bidirectional_selective_scan(*inputs, delta_softplus, 0)[0]

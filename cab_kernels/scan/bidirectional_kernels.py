@@ -5,6 +5,7 @@ from torch import Tensor
 
 from cab_kernels.scan.launch_backward_kernels import new_gradients, selective_scan_bwd
 from cab_kernels.scan.launch_forward_kernels import new_results, selective_scan_fwd
+from cab_kernels.scan.launch_kernels import span_for
 
 
 def _by_channel(tensor: Tensor) -> Tensor:
@@ -40,11 +41,11 @@ def bidirectional_selective_scan(
     z: Tensor | None,
     delta_bias: list[Tensor],
     delta_softplus: bool,
-    keep: bool,
+    keep: int,
 ) -> tuple[Tensor, Tensor]:
     """``bidirectional_selective_scan_fn`` without its checks; D and delta_bias may be empty.
 
-    Second, if ``keep``, states of both directions for backward.
+    Second, unless ``keep`` is 0, a state of both directions in every ``keep`` steps, for backward.
     """
     inputs = _as_read(u, delta, A, B, C, D, z, delta_bias)
     out, _, states = selective_scan_fwd(*inputs, None, None, delta_softplus, False, False, keep)
@@ -104,7 +105,8 @@ class BidirectionalSelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, delta_softplus, counts, *tensors):
-        out, states = bidirectional_selective_scan(*_grouped(tensors, counts), delta_softplus, True)
+        inputs = _grouped(tensors, counts)
+        out, states = bidirectional_selective_scan(*inputs, delta_softplus, span_for(inputs[0], inputs[2]))
         ctx.delta_softplus, ctx.counts = delta_softplus, counts
         ctx.save_for_backward(*tensors, states)
         return out

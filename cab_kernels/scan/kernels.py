@@ -5,6 +5,7 @@ from torch import Tensor
 
 from cab_kernels.scan.launch_backward_kernels import new_gradients, selective_scan_bwd
 from cab_kernels.scan.launch_forward_kernels import new_results, selective_scan_fwd
+from cab_kernels.scan.launch_kernels import span_for
 
 
 @torch.library.custom_op("cab_kernels::selective_scan", mutates_args=())
@@ -22,11 +23,11 @@ def selective_scan(
     delta_softplus: bool,
     reverse: bool,
     return_last_state: bool,
-    keep: bool,
+    keep: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``selective_scan_fn`` without its checks. The last state is empty unless asked for.
 
-    Third, if ``keep``, a state in every ``span_of`` steps, for backward.
+    Third, unless ``keep`` is 0, a state in every ``keep`` steps, for backward: ``span_for`` chooses.
     """
     return selective_scan_fwd(
         u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, return_last_state, keep
@@ -82,7 +83,7 @@ class SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *tensors, ctx.delta_softplus, ctx.reverse, ctx.return_last_state = arguments
-        out, last_state, states = selective_scan(*arguments, True)
+        out, last_state, states = selective_scan(*arguments, span_for(tensors[0], tensors[2]))
         ctx.save_for_backward(*tensors, states)
         ctx.set_materialize_grads(False)
         return out, last_state

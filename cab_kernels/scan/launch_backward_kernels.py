@@ -18,6 +18,7 @@ from cab_kernels.scan.launch_kernels import (
     on_device,
     padded,
     pointer_of,
+    span_kept,
     strides_of,
     with_groups,
 )
@@ -40,6 +41,7 @@ def selective_scan_bwd(
     (2, ...).
     """
     call = Call(u, A, B, C, cu_seqlens, delta_softplus, reverse, N=states.shape[2])
+    call.span = span_kept(states, call.batch * call.length, call.sequences)
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     run = _backward if call.N <= MOST_STATES else _backward_by_states
     run(call, dout, dlast_state, inputs, states, gradients)

@@ -14,7 +14,6 @@ from cab_kernels.scan.launch_kernels import (
     on_device,
     padded,
     pointer_of,
-    span_of,
 )
 from cab_kernels.scan.states_kernels import _sweep_kernel
 from cab_kernels.scan.tilings import NARROW, Tiling
@@ -27,12 +26,12 @@ FILL_PIECES = 16384  # and then in about so many
 def selective_scan_fwd(
     u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, return_last_state, keep
 ):
-    """Run the forward kernel; the last state is empty unless asked for.
+    """Run the forward kernel; the last state is empty unless asked for. A state in ``keep`` steps is kept for backward.
 
     Of a bidirectional scan, all but z comes in pairs (lists), and the output is the sum over both directions.
     """
     out, last_state, states = new_results(u, A, cu_seqlens, return_last_state, keep)
-    call = Call(u, A, B, C, cu_seqlens, delta_softplus, reverse)
+    call = Call(u, A, B, C, cu_seqlens, delta_softplus, reverse, span=keep or None)
     A, D, delta_bias, initial_state = map(contiguous, (A, D, delta_bias, initial_state))
     chunk = _chunk(call)
     tasks = call.sequences if chunk == call.length else call.tasks(chunk)
@@ -120,8 +119,6 @@ def new_results(u, A, cu_seqlens, return_last_state, keep):
     size = (sequences, *A.shape) if return_last_state else (0,)
     states = (0,)
     if keep:
-        N = padded(A.shape[1], u)
-        steps = len(u) * u.shape[2]
-        states = (steps // span_of(channels * steps, N) + sequences, channels, N)
+        states = (len(u) * u.shape[2] // keep + sequences, channels, padded(A.shape[1], u))
     last_state, kept = (torch.empty(shape, dtype=torch.float32, device=u.device) for shape in (size, states))
     return out, last_state, kept

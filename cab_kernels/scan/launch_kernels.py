@@ -26,21 +26,45 @@ def span_of(numbers: int, N: int) -> int:
     The longer, the less there is to put together; the shorter, the more programs share the steps.
     """
     shortest, span = SPANS
-    while span > shortest and numbers * max(N, 2) < span * FEW_STATES:
+    while span > shortest and _surely(numbers * max(N, 2) < span * FEW_STATES):
         span //= 2
     return max(span, 2 * N)
 
 
+def span_for(u, A) -> int:
+    """``span_of`` a scan of u, or of a pair."""
+    numbers = first_of(u).numel() * (len(A) if isinstance(A, list) else 1)
+    return span_of(numbers, padded(first_of(A).shape[1], first_of(u)))
+
+
+def span_kept(states: Tensor, steps: int, sequences: int) -> int:
+    """Which span left so many states. Where there is a choice, a sequence is shorter than all that there are."""
+    (shortest, span), N = SPANS, states.shape[2]
+    while span > shortest and steps // max(span, 2 * N) + sequences != len(states):
+        span //= 2
+    return max(span, 2 * N)
+
+
+def _surely(condition: bool) -> bool:
+    """Whether it holds; of sizes that only the data tell, which a compiler can't compare, no."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        return guard_or_false(condition)
+    return condition
+
+
 def padded(dstate: int, u: Tensor) -> int:
     """With how many states the kernels work, for so many of a scan of u."""
-    return max(FEWEST_BY_STEP if is_by_step(u) else 1, triton.next_power_of_2(dstate))
+    N = triton.next_power_of_2(dstate)
+    return N if N >= FEWEST_BY_STEP or not is_by_step(u) else FEWEST_BY_STEP
 
 
 class Call:
     """The sizes of a call, and what all of its launches share.
 
     A bidirectional scan comes with pairs for tensors, of the same strides, and has the channels and the groups of both
-    directions. ``N`` and ``span`` are for a backward pass, whose forward pass has chosen them.
+    directions. A backward pass has ``N`` and ``span`` from the states that were kept for it.
     """
 
     def __init__(
@@ -254,7 +278,7 @@ def strides_of(given) -> tuple[int, ...] | None:
 
 def is_by_step(given) -> bool:
     """Whether steps, and not states or channels, lie side by side in memory."""
-    return given is not None and first_of(given).stride(-1) == 1 and first_of(given).stride(-2) != 1
+    return given is not None and first_of(given).stride(-1) == 1
 
 
 def contiguous(given):

@@ -109,7 +109,7 @@ def selective_scan_fn(
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given.values()):
         out, last_state = SelectiveScan.apply(*arguments)
     else:
-        out, last_state, _ = selective_scan(*arguments, False)
+        out, last_state, _ = selective_scan(*arguments, 0)
     return (out, last_state) if return_last_state else out
 
 

@@ -192,7 +192,7 @@ def test_the_op_keeps_the_rules_of_torch_library(device):
         [inputs[f"{name}_{way}"].detach() for way in range(2)]
         for name in ("u", "delta", "A", "B", "C", "D", "delta_bias")
     )
-    arguments = (u, delta, A, B, C, D, inputs["z"].detach(), delta_bias, True, True)
+    arguments = (u, delta, A, B, C, D, inputs["z"].detach(), delta_bias, True, 32)
     torch.library.opcheck(bidirectional_selective_scan, arguments)
 
 

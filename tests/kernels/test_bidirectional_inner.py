@@ -214,7 +214,7 @@ def test_the_op_keeps_the_rules_of_torch_library(device):
 
     inputs = {name: tensor.detach() for name, tensor in make_inputs(device=device).items()}
     pairs = [[inputs[f"{name}_{way}"] for way in range(2)] for name in NAMES]
-    torch.library.opcheck(bidirectional_mamba_inner, (inputs["xz"], *pairs, True))
+    torch.library.opcheck(bidirectional_mamba_inner, (inputs["xz"], *pairs, 32))
 
 
 def refused(error: type[Exception], message: str, **changed: object) -> None:

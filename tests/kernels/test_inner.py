@@ -197,8 +197,8 @@ def test_the_ops_keep_the_rules_of_torch_library(device):
 
     inputs = make_inputs(length=2, dtype=torch.float32, device=device)
     tensors = [tensor.detach() for tensor in inputs.values()]
-    torch.library.opcheck(mamba_inner, (*tensors, None, None, 1e-3, True))
-    out, projected, states = mamba_inner(*tensors, None, None, 1e-3, True)
+    torch.library.opcheck(mamba_inner, (*tensors, None, None, 1e-3, 32))
+    out, projected, states = mamba_inner(*tensors, None, None, 1e-3, 32)
     dB = torch.ones(2, 2, 3, device=device)
     torch.library.opcheck(mamba_inner_backward, (out, dB, None, *tensors, None, None, projected, states, 1e-3))
 

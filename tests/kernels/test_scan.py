@@ -241,7 +241,8 @@ def test_no_more_is_kept_than_the_cuda_extension_keeps(dim, length, dstate):
     """It keeps the ungated output, and two numbers for each state in every 2,048 steps."""
     u = torch.empty(1, dim, length, dtype=torch.bfloat16, device="meta")
     A = torch.empty(dim, dstate, device="meta")
-    *_, states = launch_forward_kernels.new_results(u, A, None, False, True)
+    *_, states = launch_forward_kernels.new_results(u, A, None, False, launch_kernels.span_for(u, A))
+    assert launch_kernels.span_kept(states, length, 1) == launch_kernels.span_for(u, A) or length < 128
     assert states.nbytes <= 1.1 * (u.nbytes + math.ceil(length / 2048) * 2 * A.nbytes)
 
 
@@ -268,7 +269,7 @@ def test_states_are_kept_for_a_backward_pass_alone(device, monkeypatch):
     triton_scan(**{name: tensor.detach() for name, tensor in inputs.items()})
     with torch.no_grad():
         triton_scan(**inputs)
-    assert kept == [True, False, False]
+    assert kept == [32, 0, 0]
 
 
 def positional(inputs: dict[str, Tensor], cu_seqlens: Tensor | None = None) -> list[Tensor | None]:
@@ -289,7 +290,7 @@ def positional(inputs: dict[str, Tensor], cu_seqlens: Tensor | None = None) -> l
 )
 def test_the_op_keeps_the_rules_of_torch_library(inputs, last_state, device):
     inputs = {name: tensor.detach().to(device) for name, tensor in inputs.items()}
-    torch.library.opcheck(selective_scan, (*positional(inputs), True, True, last_state, True))
+    torch.library.opcheck(selective_scan, (*positional(inputs), True, True, last_state, 32))
 
 
 @pytest.mark.usefixtures("short_iterations")
@@ -297,7 +298,7 @@ def test_the_op_keeps_the_rules_of_torch_library_for_packed_sequences(device):
     inputs = make_inputs(batch=1, sequences=2, optional=ALL, dtype=torch.float32, device=device)
     inputs = {name: tensor.detach() for name, tensor in inputs.items()}
     cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32, device=device)
-    torch.library.opcheck(selective_scan, (*positional(inputs, cu_seqlens), True, False, True, False))
+    torch.library.opcheck(selective_scan, (*positional(inputs, cu_seqlens), True, False, True, 0))
 
 
 @pytest.mark.usefixtures("short_iterations")
@@ -324,6 +325,31 @@ def test_compiles_once_for_all_lengths(device, monkeypatch):
         for name in want:
             torch.testing.assert_close(got[name], want[name], msg=lambda text, name=name: f"{name}: {text}")
     assert compiler.frame_count == 1
+
+
+@pytest.mark.usefixtures("short_iterations")
+def test_compiles_where_only_the_data_tell_the_length(device, monkeypatch):
+    monkeypatch.setattr(_backend, "interpreting", lambda: not torch.cuda.is_available())
+    monkeypatch.setattr(launch_kernels, "interpreting", lambda: not torch.cuda.is_available())
+    monkeypatch.setattr(launch_kernels, "FEW_STATES", 1)  # so that the longest length there could be is beyond it
+
+    def pack(which, **given):
+        steps = which.nonzero().squeeze(1)
+        return triton_scan(**{name: t[..., steps] if t.dim() == 3 else t for name, t in given.items()})
+
+    inputs = make_inputs(length=9, dtype=torch.float32, device=device)
+    which = torch.arange(9, device=device) % 2 == 0
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        got = torch.compile(pack, fullgraph=True, backend="aot_eager")(which, **inputs)
+    got.sum().backward()
+    gradients = {name: tensor.grad.clone() for name, tensor in inputs.items()}
+    for tensor in inputs.values():
+        tensor.grad = None
+    want = pack(which, **inputs)
+    torch.testing.assert_close(got, want)
+    want.sum().backward()
+    for name, tensor in inputs.items():
+        torch.testing.assert_close(gradients[name], tensor.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_float64_is_for_the_reference(device):
