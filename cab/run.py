@@ -58,7 +58,7 @@ def evaluate(folder: Path, data: str | None = None, length: int | None = None) -
 
     Args:
         folder: of the run.
-        data: takes the place of the configuration's ``data.root`` or ``data.path``.
+        data: a folder of images, or text, in the place of the run's own.
         length: takes the place of ``data.length``: how a student fares beyond the length that it learnt.
 
     Raises:
@@ -156,10 +156,9 @@ def _with_data(folder: Path, data: str | None, length: int | None = None) -> Run
     on_text = isinstance(config, LanguageConfig)
     if length is not None and not on_text:
         raise UserError(f"expected a run on text for --length, got one on images in {folder}")
-    given = {"path" if on_text else "root": data, "length": length}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if on_text and data is not None:
-        changes["name"] = "files"
+    changes: dict[str, Any] = {} if length is None else {"length": length}
+    if data is not None:  # an index file lists images of the run's own data
+        changes |= {"name": "files", "path": data} if on_text else {"name": "folder", "root": data, "index": None}
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
 
 

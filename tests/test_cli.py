@@ -590,3 +590,32 @@ def test_a_run_below_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main([*distill(), "--out", str(tmp_path / "file" / "run")]) == 2
     expected = f"cab distill: expected a folder for the run that can be made, {tmp_path}/file/run, got: [Errno 20] "
     assert capsys.readouterr().err.startswith(expected)
+
+
+def image_folder(root: Path, classes: list[str]) -> Path:
+    """A folder with two training images and one test image of each class."""
+    for split, count in (("train", 2), ("val", 1)):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (8, 8), (30 * index, 60, 90)).save(root / split / name / f"{index}.png")
+    return root
+
+
+def test_a_run_on_digits_is_measured_on_a_folder(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(finished), "--data", str(tmp_path / "no")]) == 2
+    assert capsys.readouterr() == (
+        "",
+        f"cab eval: expected a folder {tmp_path}/no/train with one folder of images for each class, "
+        "got no such folder\n",
+    )
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    assert "index: null" in config
+    (run / "config.yaml").write_text(config.replace("index: null", "index: of-other-images.json"))
+    data = image_folder(tmp_path / "data", [str(digit) for digit in range(10)])
+    assert main(["eval", str(run), "--data", str(data)]) == 0
+    scores = [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert scores == ["10.0%", "10.0%"]  # every image is the same
