@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from cab.build import distillation_task, student_model, supervised_task, teacher_model
 from cab.config import UserError, VisionConfig
-from cab.data.subset import write_index
+from cab.data.subset import read_classes, write_index
 from cab.data.vision import load
 from cab.distill.similarity import attention_similarity
 from cab.distill.task import DistillationTask
@@ -26,6 +28,7 @@ from cab.settings import of_arm
 from cab.students.student import ImageStudent
 from cab.teachers.timm import TimmTeacher
 
+INDEX = "index.json"
 STUDENT = "student.safetensors"
 TEACHER = "teacher.safetensors"
 
@@ -39,13 +42,16 @@ class VisionRun(Run):
     def __init__(self, config: VisionConfig, folder: Path) -> None:
         super().__init__(config, folder)
         self.splits = load(config.data)
+        if config.data.name == "folder" and (folder / INDEX).is_file():
+            _check_classes(folder, self.splits.classes, config.data.root)
         self.classes = len(self.splits.classes)
         self.full, self.train, self.test = self.splits.full, self.splits.train, self.splits.test
         self.mix = mixing(config.data, self.classes)
 
     def save_data(self) -> None:
         splits = self.splits
-        write_index(self.folder / "index.json", splits.names, splits.labels, splits.classes, splits.chosen)
+        known = splits.names, splits.labels, splits.classes, splits.chosen
+        save_whole(self.folder / INDEX, lambda file: write_index(file, *known))
 
     def describe(self) -> str:
         splits = self.splits
@@ -95,3 +101,20 @@ class VisionRun(Run):
 
     def _layer_map(self, student: nn.Module, teacher: TimmTeacher) -> list[int]:
         return layer_map(self.config.bridge.layer_map, cast(ImageStudent, student).num_layers, teacher.num_layers)
+
+
+def _check_classes(run: Path, classes: Sequence[str], root: str | None) -> None:
+    """Refuse other classes than a run's own, whose students would give them the wrong names."""
+    own = read_classes(run / INDEX)
+    for place, (expected, got) in enumerate(zip_longest(own, classes)):
+        if expected != got:
+            raise UserError(
+                f"expected the classes of {run} ({_some(own, place)}), got {_some(classes, place)} in {root}"
+            )
+
+
+def _some(classes: Sequence[str], place: int) -> str:
+    """How many classes there are, and a few of them, from a place on."""
+    start = min(place, len(classes) - 1)
+    before, after = ["..."] * (start > 0), ["..."] * (start + 3 < len(classes))
+    return f"{len(classes)} classes: {', '.join([*before, *classes[start : start + 3], *after])}"

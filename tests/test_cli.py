@@ -619,3 +619,20 @@ def test_a_run_on_digits_is_measured_on_a_folder(
     assert main(["eval", str(run), "--data", str(data)]) == 0
     scores = [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]]
     assert scores == ["10.0%", "10.0%"]  # every image is the same
+
+
+@pytest.mark.parametrize(
+    ("classes", "got"),
+    [
+        (["blue", "red"], "(10 classes: 0, 1, 2, ...), got 2 classes: blue, red in DATA"),
+        ([*"012345678", "x"], "(10 classes: ..., 9), got 10 classes: ..., x in DATA"),
+        ([*"0123456789", "x"], "(10 classes: ..., 9), got 11 classes: ..., x in DATA"),
+    ],
+)
+def test_other_classes_are_not_measured(
+    classes: list[str], got: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = image_folder(tmp_path, classes)
+    assert main(["eval", str(finished), "--data", str(data)]) == 2
+    line = f"cab eval: expected the classes of {finished} {got.replace('DATA', str(data))}\n"
+    assert capsys.readouterr() == ("", line)

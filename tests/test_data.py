@@ -14,7 +14,7 @@ from PIL import Image
 from cab.config import DataConfig, UserError
 from cab.data.folder import scan
 from cab.data.order import ByTurn, RunOrder, Turn
-from cab.data.subset import class_balanced, read_index, write_index
+from cab.data.subset import class_balanced, read_classes, read_index, write_index
 from cab.data.vision import load
 
 LABELS = [0] * 50 + [1] * 20 + [2] * 3
@@ -60,6 +60,7 @@ def test_an_index_file_is_read_back(tmp_path: Path) -> None:
     chosen = class_balanced(LABELS, CLASSES, 0.1, seed=0)
     write_index(tmp_path / "i.json", names, LABELS, CLASSES, chosen)
     assert read_index(tmp_path / "i.json", names, CLASSES) == chosen
+    assert read_classes(tmp_path / "i.json") == CLASSES
     with pytest.raises(UserError, match=r"got 8 missing, first 'a/\d+\.jpg'$"):
         read_index(tmp_path / "i.json", ["other.jpg"], CLASSES)
     with pytest.raises(UserError, match=r"^expected at least one image of class 'd' in .*i\.json, got none$"):

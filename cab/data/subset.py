@@ -60,15 +60,7 @@ def read_index(file: Path, names: Sequence[str], classes: Sequence[str]) -> list
     Raises:
         UserError: no such file, not an index file, a class missing or empty, or an image that ``names`` does not hold.
     """
-    if not file.is_file():
-        raise UserError(f"expected an index file, got no file {file}")
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"expected an index file written by 'cab subset', got {file}: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("classes"), dict):
-        raise UserError(f"expected an index file of format {FORMAT!r}, got {file}")
-    by_class: dict[str, list[str]] = content["classes"]
+    by_class = _read(file)
     for name in classes:
         if not by_class.get(name):
             raise UserError(f"expected at least one image of class '{name}' in {file}, got none")
@@ -78,3 +70,25 @@ def read_index(file: Path, names: Sequence[str], classes: Sequence[str]) -> list
     if missing:
         raise UserError(f"expected the images of {file} in the data, got {len(missing)} missing, first '{missing[0]}'")
     return sorted(place[image] for image in listed)
+
+
+def read_classes(file: Path) -> list[str]:
+    """The names of the classes of an index file, in their order.
+
+    Raises:
+        UserError: no such file, or not an index file.
+    """
+    return list(_read(file))
+
+
+def _read(file: Path) -> dict[str, list[str]]:
+    if not file.is_file():
+        raise UserError(f"expected an index file, got no file {file}")
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"expected an index file written by 'cab subset', got {file}: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("classes"), dict):
+        raise UserError(f"expected an index file of format {FORMAT!r}, got {file}")
+    by_class: dict[str, list[str]] = content["classes"]
+    return by_class
