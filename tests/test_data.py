@@ -3,6 +3,7 @@
 import json
 import random
 import struct
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -164,6 +165,66 @@ def test_a_broken_image_is_named_and_not_replaced(folder: Path) -> None:
         splits.train[1]
 
 
+def grey(pixels: list[list[int]], dtype: str) -> Image.Image:
+    return Image.fromarray(np.array(pixels, dtype))
+
+
+@pytest.mark.parametrize(
+    ("file", "dtype", "mode"),
+    [("0.png", "<u2", "I;16"), ("0.tif", "<u2", "I;16"), ("0.tiff", ">u2", "I;16B"), ("00.tif", "<i4", "I")],
+)
+def test_grey_images_of_16_bits_keep_their_shades(folder: Path, file: str, dtype: str, mode: str) -> None:
+    path = folder / "val" / "blue" / file
+    grey([[0, 257 * 64], [257 * 200 + 128, 65535]], dtype).save(path)
+    with Image.open(path) as opened:
+        assert opened.mode == mode
+    splits = load(DataConfig(root=str(folder), image_size=2, augment="none"))
+    sample = splits.test[splits.test.names.index(str(path))]
+    splits.test.transform = np.asarray
+    pixels = splits.test[splits.test.names.index(str(path))]["images"]
+    assert pixels.shape == (2, 2, 3)
+    assert pixels[..., 0].tolist() == pixels[..., 2].tolist() == [[0, 64], [200, 255]]
+    assert sample["images"].max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pixel", "got"),
+    [
+        ("<f4", 0.5, "an image of mode F, floating-point numbers of no known range"),
+        ("<i4", 65536, "an image of mode I with numbers from 65536 to 65536, not from 0 to 65535"),
+        ("<i4", -1, "an image of mode I with numbers from -1 to -1, not from 0 to 65535"),
+    ],
+)
+def test_numbers_that_are_no_shades_are_refused(folder: Path, dtype: str, pixel: float, got: str) -> None:
+    Image.fromarray(np.full((4, 4), pixel, dtype)).save(folder / "val" / "blue" / "0.tif")
+    splits = load(DataConfig(root=str(folder), image_size=16))
+    with pytest.raises(UserError, match=rf"^expected an image that can be read, got .*/val/blue/0\.tif: {got}$"):
+        splits.test[splits.test.names.index(str(folder / "val" / "blue" / "0.tif"))]
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+@pytest.mark.parametrize(
+    ("side", "rest", "error"),
+    [
+        (30_000, chunk(b"IDAT", b""), Image.DecompressionBombError),
+        (2, chunk(b"IDAT", zlib.compress(bytes(14))[:5]) + bytes(16), SyntaxError),
+    ],
+    ids=["too large", "broken inside"],
+)
+def test_whatever_a_decoder_raises_the_image_is_named(
+    folder: Path, side: int, rest: bytes, error: type[Exception]
+) -> None:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    (folder / "train" / "blue" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + rest)
+    splits = load(DataConfig(root=str(folder), image_size=16))
+    with pytest.raises(UserError, match=r"^expected an image that can be read, got .*/train/blue/1\.png: ") as refusal:
+        splits.train[1]
+    assert isinstance(refusal.value.__cause__, error)
+
+
 def test_refusal_of_a_folder(folder: Path) -> None:
     with pytest.raises(UserError, match=r"^expected a folder .*/no/train with .*, got no such folder$"):
         load(DataConfig(root=str(folder / "no")))
@@ -259,6 +320,23 @@ def test_a_data_set_in_the_form_of_hugging_face(tmp_path_factory: pytest.TempPat
     blue = splits.test[1]
     assert blue["labels"] == 1
     assert torch.equal(blue["images"][:, 0, 0], torch.tensor([0.0, 0.0, 1.0]))
+
+
+def test_a_data_set_in_the_form_of_hugging_face_is_read_as_a_folder_is(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("rows")
+    datasets = pytest.importorskip("datasets")
+    grey([[257 * 64]], "<u2").save(tmp_path / "grey.png")
+    contents = [(tmp_path / "grey.png").read_bytes(), b"no image"]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"image": [{"bytes": content, "path": None} for content in contents], "label": [0, 1]}
+    for split in ("train", "validation"):
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    splits = load(DataConfig(name=f"hfds/{tmp_path}", root=str(tmp_path / "cache"), image_size=1, augment="none"))
+    assert torch.equal(splits.test[0]["images"], torch.full((3, 1, 1), 64 / 255))
+    with pytest.raises(UserError, match=r"^expected an image that can be read, got validation-00000001: "):
+        splits.test[1]
 
 
 def test_refusal_of_a_data_set(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
+import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
@@ -106,7 +107,7 @@ class Images(Dataset[Sample]):
     Args:
         names: of each image, for who asks and for errors.
         labels: of each image.
-        read: gives an image by its index.
+        read: gives an image, 8-bit RGB, by its index.
         transform: makes a tensor of it.
     """
 
@@ -127,8 +128,8 @@ class Images(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            image = self.read(index).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
+            image = self.read(index)
+        except Exception as error:  # each decoder has errors of its own
             # Named and refused: taking the next image in its place would change the data without a word.
             raise UserError(f"expected an image that can be read, got {self.names[index]}: {error}") from error
         return {"images": self.transform(image), "labels": self.labels[index]}
@@ -142,7 +143,7 @@ class _Files:
 
     def __call__(self, index: int) -> Image.Image:
         with Image.open(self.folder.root / self.folder.names[index]) as opened:
-            return opened.convert("RGB")
+            return _rgb(opened)
 
 
 class _Items:
@@ -152,7 +153,27 @@ class _Items:
         self.pairs = pairs
 
     def __call__(self, index: int) -> Image.Image:
-        return self.pairs[index][0]
+        if not hasattr(self.pairs, "reader"):
+            return _rgb(self.pairs[index][0])
+        with self.pairs.reader[index][0] as file:  # timm itself takes the next where an image cannot be read
+            return _rgb(Image.open(file))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The image as 8-bit RGB; Pillow itself clips greys of 16 bits to white, and numbers between 0 and 1 to black.
+
+    Raises:
+        ValueError: numbers that are no shades of 16 bits.
+    """
+    if image.mode == "F":
+        raise ValueError("an image of mode F, floating-point numbers of no known range")
+    if image.mode.startswith("I"):  # greys of 16 bits, or of 32 with the same values
+        pixels = np.asarray(image).astype(np.int64)
+        low, high = pixels.min(), pixels.max()
+        if low < 0 or high > 65535:
+            raise ValueError(f"an image of mode {image.mode} with numbers from {low} to {high}, not from 0 to 65535")
+        image = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _folder(config: DataConfig) -> Splits:
