@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import struct
 import zlib
 from collections import Counter
@@ -237,6 +238,20 @@ def test_refusal_of_a_folder(folder: Path) -> None:
     (folder / "val" / "red").rename(folder / "val" / "rot")
     with pytest.raises(UserError, match=r"^expected the same classes in .*train and .*val, got 'red' in one of them"):
         load(DataConfig(root=str(folder)))
+
+
+def test_what_is_hidden_and_what_is_no_file_are_no_images(folder: Path) -> None:
+    before = scan(folder / "train")
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    for path in ("red/._0.png", "red/.ipynb_checkpoints/0.png", ".ipynb_checkpoints/0.png"):
+        (folder / "train" / path).parent.mkdir(exist_ok=True)
+        shutil.copy(folder / "train" / "red" / "0.png", folder / "train" / path)
+    (folder / "train" / "red" / "folder.png").mkdir()
+    assert scan(folder / "train") == before
+    shutil.copytree(folder / "train", folder / ".hidden" / "train")  # above the classes, a name may be any
+    assert scan(folder / ".hidden" / "train").names == before.names
+    (folder / "train" / "red" / "link.png").symlink_to("nothing")  # whoever reads it is told
+    assert scan(folder / "train").names == (*before.names, "red/link.png")
 
 
 def samples(order: RunOrder) -> list[int]:

@@ -28,22 +28,28 @@ class Folder:
 
 
 def scan(root: Path) -> Folder:
-    """List the images below ``root/CLASS``, classes and files sorted by name.
+    """List the images below ``root/CLASS``, classes and files sorted by name; what is hidden is none of them.
 
     Raises:
         UserError: no such folder, no class in it, or a class without an image.
     """
     if not root.is_dir():
         raise UserError(f"expected a folder {root} with one folder of images for each class, got no such folder")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise UserError(f"expected one folder of images for each class in {root}, got no folder in it")
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        files = sorted(file for file in (root / name).rglob("*") if file.suffix.lower() in EXTENSIONS)
+        files = sorted(file for file in (root / name).rglob("*") if _is_image(file, root))
         if not files:
             raise UserError(f"expected at least one image of class '{name}' in {root / name}, got none")
         names += (file.relative_to(root).as_posix() for file in files)
         labels += [label] * len(files)
     return Folder(root, tuple(classes), tuple(names), tuple(labels))
+
+
+def _is_image(file: Path, root: Path) -> bool:
+    """By its name; a link to nothing is one, which is refused when it is read."""
+    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+    return file.suffix.lower() in EXTENSIONS and not hidden and (file.is_file() or not file.exists())
