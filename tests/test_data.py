@@ -152,6 +152,12 @@ def test_the_policy_runs_at_its_largest_magnitude(folder: Path) -> None:
         assert op(image).size == image.size, op.name
 
 
+@pytest.mark.parametrize("policy", ["junk", "rand-x9", "rand-n0.5", "augmix-x1"])
+def test_refusal_of_a_policy(folder: Path, policy: str) -> None:
+    with pytest.raises(UserError, match=rf"^expected a policy of timm's for data\.policy='{policy}', got: .+$"):
+        load(DataConfig(root=str(folder), augment="rand", policy=policy))
+
+
 def test_an_index_file_takes_the_place_of_the_fraction(folder: Path) -> None:
     listed = {"blue": ["blue/2.png"], "red": ["red/0.png", "red/3.png"]}
     (folder / "i.json").write_text(json.dumps({"format": "cab-index-1", "classes": listed}))

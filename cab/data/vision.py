@@ -250,11 +250,14 @@ def _transform(config: DataConfig) -> Callable[[Image.Image], Tensor]:
         return _plain_transform(config)
     if config.augment == "crop":
         return create_transform(config.image_size, **_PIXELS, is_training=True, color_jitter=None)
-    return create_transform(
-        config.image_size,
-        **_PIXELS,
-        is_training=True,
-        color_jitter=config.color_jitter,
-        auto_augment=config.policy,
-        re_prob=config.erasing,
-    )
+    try:
+        return create_transform(
+            config.image_size,
+            **_PIXELS,
+            is_training=True,
+            color_jitter=config.color_jitter,
+            auto_augment=config.policy,
+            re_prob=config.erasing,
+        )
+    except (AssertionError, ValueError) as error:  # everything else has been checked
+        raise UserError(f"expected a policy of timm's for data.policy={config.policy!r}, got: {error}") from error
