@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+import cab.processes as processes
 from cab.build import distillation_task, student_model, supervised_task, teacher_model
 from cab.config import UserError, VisionConfig
 from cab.data.subset import read_classes, write_index
@@ -47,6 +48,12 @@ class VisionRun(Run):
         self.classes = len(self.splits.classes)
         self.full, self.train, self.test = self.splits.full, self.splits.train, self.splits.test
         self.mix = mixing(config.data, self.classes)
+        share = config.optim.batch_size // processes.count()
+        if (config.data.mixup or config.data.cutmix) and share % 2:
+            raise UserError(
+                "expected an even number of images a process in optim.batch_size for data.mixup and data.cutmix, "
+                f"got {share}"
+            )
 
     def save_data(self) -> None:
         splits = self.splits

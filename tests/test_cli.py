@@ -636,3 +636,17 @@ def test_other_classes_are_not_measured(
     assert main(["eval", str(finished), "--data", str(data)]) == 2
     line = f"cab eval: expected the classes of {finished} {got.replace('DATA', str(data))}\n"
     assert capsys.readouterr() == ("", line)
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_images_are_mixed_in_pairs(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "expected an even number of images a process in optim.batch_size for data.mixup and data.cutmix, got "
+    monkeypatch.setattr("cab.processes.agree", lambda value: value)
+    for batch, processes, share in ((3, 1, 3), (6, 2, 3)):
+        monkeypatch.setattr("cab.processes.count", lambda count=processes: count)
+        words = [*distill(f"data.{kind}=0.8", f"optim.batch_size={batch}"), "--out", str(tmp_path / "run")]
+        assert main(words) == 2
+        assert capsys.readouterr() == ("", f"cab distill: {line}{share}\n")
+        assert not (tmp_path / "run").exists()
