@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from zipfile import BadZipFile
 
 import safetensors
 
 from cab.config import UserError
+
+# What libraries raise against what they are given, and against files that are damaged.
+_OF_VALUES = (ValueError, RuntimeError, TypeError, AssertionError)
+_OF_FILES = (OSError, EOFError, LookupError, pickle.UnpicklingError, BadZipFile, safetensors.SafetensorError)
 
 
 @contextmanager
@@ -15,6 +21,8 @@ def refused(expected: str = "") -> Iterator[None]:
     """Turn an error into a :class:`UserError` that says what was expected and, as what came, the error's own text."""
     try:
         yield
-    except (ValueError, RuntimeError, TypeError, AssertionError, OSError, safetensors.SafetensorError) as error:
+    except (*_OF_VALUES, *_OF_FILES) as error:
         reason = " ".join(str(error).split())
+        if not reason or isinstance(error, LookupError):  # of which the text is a key alone
+            reason = f"{type(error).__name__} {reason}".rstrip()
         raise UserError(f"{expected}, got: {reason}" if expected else reason) from error

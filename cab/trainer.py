@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, default_collate
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 import cab.processes as processes
@@ -30,6 +30,7 @@ from cab.distill.task import DistillationTask
 from cab.files import settle
 from cab.graphed import GraphedStep
 from cab.recipe import AveragedWeights, Batch, layer_decay_groups
+from cab.refusal import refused
 
 WEIGHTS = "model.safetensors"
 AVERAGED = "averaged.safetensors"
@@ -132,6 +133,9 @@ class TaskTrainer(Trainer):
         folder = Path(str(self.args.output_dir))
         checkpoint = processes.agree(get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None)
         self.args.eval_on_start = checkpoint is None
+        if checkpoint is not None:
+            with _whole(checkpoint):  # Trainer reads it again
+                TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         self.train(resume_from_checkpoint=checkpoint)
         if self.averaged:
             self.averaged.keep()
@@ -336,9 +340,10 @@ class TaskTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        processes.load_weights(cast(nn.Module, self.model), safetensors.torch.load_file(folder / WEIGHTS))
-        if self.averaged:
-            self.averaged.load(safetensors.torch.load_file(folder / AVERAGED))
+        with _whole(folder):
+            processes.load_weights(cast(nn.Module, self.model), safetensors.torch.load_file(folder / WEIGHTS))
+            if self.averaged:
+                self.averaged.load(safetensors.torch.load_file(folder / AVERAGED))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         states = {
@@ -351,12 +356,21 @@ class TaskTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            optimizer, scheduler = (
-                torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
-                for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
-            )
-            processes.load_optimizer_state(cast(Any, self.optimizer), optimizer)
-            cast(Any, self.lr_scheduler).load_state_dict(scheduler)
+            with _whole(checkpoint):
+                optimizer, scheduler = (
+                    torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+                    for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+                )
+                processes.load_optimizer_state(cast(Any, self.optimizer), optimizer)
+                cast(Any, self.lr_scheduler).load_state_dict(scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with _whole(checkpoint):
+                # Each process has a file of its own, and goes without where there were fewer of them.
+                if not any(Path(checkpoint).glob("rng_state*.pth")):
+                    raise FileNotFoundError("no file of random states")
+                super()._load_rng_state(checkpoint)
 
 
 class _Advance(TrainerCallback):
@@ -381,6 +395,11 @@ class _LogBeforeSave(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_log |= control.should_save
+
+
+def _whole(checkpoint: str | Path) -> AbstractContextManager[None]:
+    """Of a checkpoint that is read inside, what is missing or damaged is refused."""
+    return refused(f"expected a whole checkpoint in {checkpoint} (delete it to start its training again)")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -303,8 +304,65 @@ def test_checkpoints_hold_no_pickled_arguments_and_load_strictly(splits: Splits,
     assert not any("teacher" in name for name in weights)
     del weights["bridges.key.w1"]
     safetensors.torch.save_file(weights, checkpoint / "model.safetensors")
-    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: .bridges\.key\.w1"):
+    with pytest.raises(UserError, match=r"Missing key\(s\) in state_dict: .bridges\.key\.w1"):
         trainer(tiny(), splits, tmp_path).run(resume=True)
+
+
+@pytest.fixture(scope="module")
+def interrupted(splits: Splits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training whose last checkpoint is that of step 3 of 6."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    made = trainer(tiny("cab", "optim.ema=0.9"), splits, folder)
+    made.add_callback(Interrupt(5))
+    with pytest.raises(KeyboardInterrupt):
+        made.run()
+    return folder
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.0, None], ids=["cut", "emptied", "deleted"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "averaged.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "trainer_state.json",
+        "rng_state.pth",
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_in_one_line(
+    splits: Splits, interrupted: Path, tmp_path: Path, name: str, kept: float | None
+) -> None:
+    checkpoint = shutil.copytree(interrupted, tmp_path / "run") / "checkpoint-3"
+    content = (checkpoint / name).read_bytes()
+    (checkpoint / name).unlink()
+    if kept is not None:
+        (checkpoint / name).write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(UserError) as caught:
+        trainer(tiny("cab", "optim.ema=0.9"), splits, tmp_path / "run").run(resume=True)
+    expected = f"expected a whole checkpoint in {checkpoint} (delete it to start its training again), got: "
+    assert re.fullmatch(re.escape(expected) + r"\S.*", str(caught.value))
+
+
+def test_a_checkpoint_of_other_processes_needs_no_random_state_of_this_one(
+    splits: Splits, interrupted: Path, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(interrupted, tmp_path / "run") / "checkpoint-3"
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    trainer(tiny("cab", "optim.ema=0.9"), splits, tmp_path / "run").run(resume=True)
+    assert (tmp_path / "run" / "checkpoint-6").is_dir()
+
+
+def test_an_error_of_the_training_is_none_of_its_checkpoint(splits: Splits, interrupted: Path, tmp_path: Path) -> None:
+    made = trainer(tiny("cab", "optim.ema=0.9"), splits, shutil.copytree(interrupted, tmp_path / "run"))
+
+    def failing(**inputs: Tensor) -> dict[str, Tensor]:
+        raise KeyError("of the model")
+
+    made.model.forward = failing
+    with pytest.raises(KeyError, match="of the model"):
+        made.run(resume=True)
 
 
 def test_a_run_leaves_events_and_one_checkpoint(splits: Splits, tmp_path: Path) -> None:
