@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from datetime import datetime
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         options.command(options)
-    except (UserError, ModuleNotFoundError) as error:
+    except (UserError, ModuleNotFoundError, OSError) as error:
         if options.traceback:
             traceback.print_exc()
         print(f"{options.program}: {_line(error)}", file=sys.stderr)
@@ -65,6 +66,8 @@ def _line(error: Exception) -> str:
         if extra is None:
             raise error
         return f"expected the packages of cab-kernels[{extra}], got no module {error.name!r}"
+    if isinstance(error, OSError):
+        return f"expected files that can be read and written, got: {' '.join(str(error).split())}"
     # A process that loads images hands its error over with its traceback around the message.
     return " ".join(str(error).rpartition("UserError: ")[2].split())
 
@@ -261,9 +264,16 @@ def _is_set(name: str) -> bool:
 
 
 def _writable(file: Path) -> None:
-    """Refuse a file that has no folder to lie in, before anything is computed for it."""
+    """Refuse a file that cannot be made or replaced, before anything is computed for it."""
     if not file.parent.is_dir():
         raise UserError(f"expected a file in a folder that exists, got {file}")
+    if file.is_dir():
+        raise UserError(f"expected a file, got the folder {file}")
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"expected a file in a folder that can be written, got {file}: {error.strerror}") from error
 
 
 def _eval(options: argparse.Namespace) -> None:

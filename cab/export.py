@@ -11,6 +11,7 @@ import torch
 from cab.build import student_options
 from cab.config import UserError, VisionConfig, known_name
 from cab.files import save_whole
+from cab.refusal import refused
 from cab.settings import of_arm, of_run
 from cab.vision_run import STUDENT
 
@@ -45,10 +46,11 @@ def export(folder: Path, arm: str | None, kind: str, file: Path) -> str:
     state = safetensors.torch.load_file(source)
     student = of_arm(config, arm).student
     options = {**student_options(of_arm(config, arm)), "num_classes": len(state["head.weight"])}
-    if kind == "timm":
-        save_whole(file, lambda at: torch.save({"arch": student.name, "state_dict": state}, at))
-    else:
-        metadata = {"architecture": student.name, "options": json.dumps(options)}
-        save_whole(file, lambda at: safetensors.torch.save_file(state, at, metadata))
+    with refused(f"expected a file that can be written, {file}"):
+        if kind == "timm":
+            save_whole(file, lambda at: torch.save({"arch": student.name, "state_dict": state}, at))
+        else:
+            metadata = {"architecture": student.name, "options": json.dumps(options)}
+            save_whole(file, lambda at: safetensors.torch.save_file(state, at, metadata))
     written = "".join(f", {name}={value!r}" for name, value in options.items())
     return f"timm.create_model({student.name!r}{written}, checkpoint_path={str(file)!r})"

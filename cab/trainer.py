@@ -334,9 +334,10 @@ class TaskTrainer(Trainer):
         if self.averaged:
             files[AVERAGED] = self.averaged.weights()
         if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, state in files.items():
-                safetensors.torch.save_file(state, folder / name)
+            with _written(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                for name, state in files.items():
+                    safetensors.torch.save_file(state, folder / name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -351,8 +352,9 @@ class TaskTrainer(Trainer):
             SCHEDULER_NAME: cast(Any, self.lr_scheduler).state_dict(),
         }
         if self.args.should_save:
-            for name, state in states.items():
-                torch.save(state, Path(output_dir) / name)
+            with _written(output_dir):
+                for name, state in states.items():
+                    torch.save(state, Path(output_dir) / name)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -363,6 +365,10 @@ class TaskTrainer(Trainer):
                 )
                 processes.load_optimizer_state(cast(Any, self.optimizer), optimizer)
                 cast(Any, self.lr_scheduler).load_state_dict(scheduler)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with _written(output_dir):
+            super()._save_rng_state(output_dir)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -400,6 +406,11 @@ class _LogBeforeSave(TrainerCallback):
 def _whole(checkpoint: str | Path) -> AbstractContextManager[None]:
     """Of a checkpoint that is read inside, what is missing or damaged is refused."""
     return refused(f"expected a whole checkpoint in {checkpoint} (delete it to start its training again)")
+
+
+def _written(checkpoint: str | Path) -> AbstractContextManager[None]:
+    """Of a checkpoint that is written inside, a disk that does not take it is told."""
+    return refused(f"expected a checkpoint that can be written, {checkpoint}")
 
 
 @contextmanager

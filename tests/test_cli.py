@@ -2,9 +2,11 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -386,6 +388,54 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert capsys.readouterr().err == (
         "cab distill: expected the packages of cab-kernels[vision], got no module 'timm'\n"
     )
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """Files cannot grow beyond 64 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("options", [[], ["--traceback"]], ids=["", "traceback"])
+def test_a_full_disk_is_one_line(
+    images: Path, full_disk: None, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["subset", str(images), "--fraction", "1", "--out", str(images / "i.json"), *options]) == 2
+    *before, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("cab subset: expected files that can be read and written, got: [Errno 27] ")
+    assert bool(before) == bool(options)
+
+
+@pytest.mark.parametrize(("kind", "file"), [("timm", "s.pth"), ("safetensors", "s.safetensors")])
+def test_an_export_to_a_full_disk_is_one_line(
+    finished: Path, tmp_path: Path, full_disk: None, kind: str, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(finished), str(tmp_path / file), "--arm", "cab", "--to", kind]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"cab export: expected a file that can be written, {tmp_path / file}, got: ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / file).exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which nobody can make a file")
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(finished), "--out", "/proc/r.png"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("cab report: expected a file in a folder that can be written, got /proc/r.png: ")
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused_before_the_work(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r.png").mkdir()
+    assert main(["report", str(finished), "--out", str(tmp_path / "r.png")]) == 2
+    assert capsys.readouterr() == ("", f"cab report: expected a file, got the folder {tmp_path / 'r.png'}\n")
 
 
 def test_presets_and_arms_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

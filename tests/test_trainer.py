@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import re
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -352,6 +353,19 @@ def test_a_checkpoint_of_other_processes_needs_no_random_state_of_this_one(
     (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
     trainer(tiny("cab", "optim.ema=0.9"), splits, tmp_path / "run").run(resume=True)
     assert (tmp_path / "run" / "checkpoint-6").is_dir()
+
+
+@pytest.mark.parametrize("part", ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"])
+def test_a_checkpoint_on_a_full_disk_is_refused_in_one_line(splits: Splits, tmp_path: Path, part: str) -> None:
+    made = trainer(tiny(), splits, tmp_path)
+    made.create_optimizer_and_scheduler(6)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        with pytest.raises(UserError, match=f"^expected a checkpoint that can be written, {tmp_path}, got: "):
+            getattr(made, part)(str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_an_error_of_the_training_is_none_of_its_checkpoint(splits: Splits, interrupted: Path, tmp_path: Path) -> None:
