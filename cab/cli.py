@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from cab.config import UserError
 from cab.presets import ARMS, PRESETS
+from cab.report import FIGURES, positions_table, recall_table, table
 from cab.settings import of_run, resolve, to_yaml
 
 # What the extras "vision", "language" and "deepspeed" bring; a missing one is the user's to install, any other import
@@ -138,7 +139,10 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
     parser.add_argument("--data", metavar="DIR", help="other images (a folder with train/ and val/) or another text")
     parser.add_argument(
-        "--attention", metavar="FILE", type=Path, help="also draw the similarity of teacher's and students' attention"
+        "--attention",
+        metavar="FILE",
+        type=Path,
+        help="also draw the similarity of teacher's and students' attention: .png, .pdf or .svg",
     )
     parser.add_argument("--length", metavar="N", type=int, help="of text: windows of N tokens, also longer than learnt")
     parser.add_argument(
@@ -161,7 +165,9 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
         description="Print a table of all arms of some runs, as far as they have come, and draw their learning curves.",
     )
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs")
-    parser.add_argument("--out", metavar="FILE", type=Path, default=Path("report.png"), help="default: report.png")
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, default=Path("report.png"), help=".png, .pdf or .svg; default: report.png"
+    )
     parser.set_defaults(command=_report)
 
 
@@ -276,10 +282,16 @@ def _writable(file: Path) -> None:
         raise UserError(f"expected a file in a folder that can be written, got {file}: {error.strerror}") from error
 
 
+def _drawable(file: Path) -> None:
+    """Refuse the name of a figure for which matplotlib has no form, or would write another file."""
+    if file.suffix.lower() not in FIGURES:
+        raise UserError(f"expected a figure's name to end in {', '.join(FIGURES[:-1])} or {FIGURES[-1]}, got {file}")
+    _writable(file)
+
+
 def _eval(options: argparse.Namespace) -> None:
     if options.attention:
-        _writable(options.attention)
-    from cab.report import positions_table, recall_table, table
+        _drawable(options.attention)
     from cab.run import compare_attention, evaluate, measure_positions, measure_recall
 
     print(table(*evaluate(options.run, options.data, options.length)))
@@ -293,10 +305,9 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from cab.report import table
+    _drawable(options.out)
     from cab.run import report
 
-    _writable(options.out)
     print(table(*report(options.runs, options.out)))
     print(f"learning curves: {options.out}")
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+FIGURES = (".png", ".pdf", ".svg")  # how the names of those that are drawn may end
+
 
 class Measure(NamedTuple):
     """By what the students of a run are compared.
@@ -125,7 +127,7 @@ def plot(
     title: str,
     file: Path,
 ) -> None:
-    """Draw the run's measure and the training loss that the arms share over the steps as a PNG.
+    """Draw the run's measure and the training loss that the arms share over the steps.
 
     The whole losses of the arms are different sums: what compares is the KL, and without a teacher the cross-entropy.
 
@@ -134,7 +136,7 @@ def plot(
         metrics: the entries of each arm's ``metrics.jsonl``.
         teacher: the teacher's score, drawn as a level; None where there was no teacher.
         title: of the figure.
-        file: where the PNG goes.
+        file: where the figure goes, in the form that its name ends in.
     """
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
@@ -157,7 +159,7 @@ def plot(
 
 
 def plot_similarity(similarity: Mapping[str, Sequence[float]], file: Path) -> None:
-    """Draw, for each arm, how alike student's and teacher's attention are at each layer, as a PNG."""
+    """Draw, for each arm, how alike student's and teacher's attention are at each layer."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")

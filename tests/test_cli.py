@@ -430,6 +430,24 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     assert err.startswith("cab report: expected a file in a folder that can be written, got /proc/r.png: ")
 
 
+@pytest.mark.parametrize("words", [["report", "RUN", "--out"], ["eval", "RUN", "--attention"]], ids=lambda w: w[0])
+@pytest.mark.parametrize("name", ["r.xyz", "r", ".png"])
+def test_the_name_of_a_figure_is_refused_before_the_work(
+    words: list[str], name: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*(str(finished) if word == "RUN" else word for word in words), str(tmp_path / name)]) == 2
+    expected = f"cab {words[0]}: expected a figure's name to end in .png, .pdf or .svg, got {tmp_path / name}\n"
+    assert capsys.readouterr() == ("", expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_figure_has_the_name_and_the_form_that_were_asked_for(finished: Path, tmp_path: Path) -> None:
+    for name, begins in (("r.PNG", b"\x89PNG"), ("r.pdf", b"%PDF"), ("r.b.svg", b"<?xml")):
+        assert main(["report", str(finished), "--out", str(tmp_path / name)]) == 0
+        assert (tmp_path / name).read_bytes().startswith(begins)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_folder_in_the_place_of_a_file_is_refused_before_the_work(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
