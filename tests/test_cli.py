@@ -305,24 +305,48 @@ def test_refusal_of_arguments(arguments: list[str], line: str, capsys: pytest.Ca
     assert err.count("\n") == 1
 
 
-def test_a_folder_that_holds_files_is_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "mine").write_text("")
-    assert main([*distill(), "--out", str(tmp_path)]) == 2
-    assert "expected a new or empty folder for --out, got " in capsys.readouterr().err
-    assert [file.name for file in tmp_path.iterdir()] == ["mine"]
-
-
-def test_an_interruption_says_how_to_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("is_run", [False, True], ids=["other files", "a run"])
+def test_a_folder_that_holds_files_is_not_written_to(
+    tmp_path: Path, is_run: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*arguments: object) -> None:
+    (tmp_path / ("config.yaml" if is_run else "mine")).write_text("")
+    before = list(tmp_path.iterdir())
+    assert main([*distill(), "--out", str(tmp_path)]) == 2
+    expected = f"cab distill: expected a new or empty folder for --out, got {tmp_path}"
+    how = f"; --resume {tmp_path} goes on with it" if is_run else ""
+    assert capsys.readouterr().err == f"{expected}{how}\n"
+    assert list(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["before the run has begun", "after"])
+def test_an_interruption_says_how_to_go_on_where_there_is_a_run(
+    tmp_path: Path, begun: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(config: object, folder: Path, say: object) -> None:
+        if begun:
+            folder.mkdir()
+            (folder / "config.yaml").write_text("")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cab.run.distill", interrupted)
     with pytest.raises(SystemExit) as caught:
         main(["distill", "--out", str(tmp_path / "run")])
     assert caught.value.code == 130
-    assert capsys.readouterr().err == f"\ninterrupted; cab distill --resume {tmp_path / 'run'} goes on\n"
+    how = f"; cab distill --resume {tmp_path / 'run'} goes on" if begun else ""
+    assert capsys.readouterr().err == f"\ninterrupted{how}\n"
+
+
+def test_any_command_may_be_interrupted(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cab.run.evaluate", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        main(["eval", str(finished)])
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
 
 
 @pytest.fixture
