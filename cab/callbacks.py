@@ -97,15 +97,16 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 class Events(TensorBoardCallback):
-    """TensorBoard events in a folder of our choice."""
+    """TensorBoard events of a training, in a folder of our choice; what is only measured leaves none."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.logging_dir = str(folder)
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        # Trainer's epoch counts runs here, not passes over the data.
-        super().on_log(args, state, control, {name: logs[name] for name in logs if name != "epoch"}, **kwargs)
+        if self.tb_writer is not None:  # a training has begun
+            # Trainer's epoch counts runs here, not passes over the data.
+            super().on_log(args, state, control, {name: logs[name] for name in logs if name != "epoch"}, **kwargs)
 
 
 class Wandb(WandbCallback):
