@@ -261,17 +261,28 @@ def _joined(device: str) -> bool:
                 if os.environ.get(name, value) != value:
                     raise UserError(f"expected {name}={value}, as {file} has it, got {os.environ[name]}")
         os.environ.pop(switch, None)  # the models come sharded: accelerate has nothing to wrap
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    count = _of_launcher("WORLD_SIZE", "1")
+    if count > 1:
+        local_rank = _of_launcher("LOCAL_RANK")
         import torch
 
         from cab import processes
+        from cab.refusal import refused
 
         cpu = device == "cpu" or not torch.cuda.is_available()
         by_deepspeed = shards == ZERO3
         if by_deepspeed:
             os.environ["DS_ACCELERATOR"] = "cpu" if cpu else "cuda"
-        processes.start(int(os.environ["LOCAL_RANK"]), cpu, by_deepspeed)
+        with refused(f"expected what a launcher sets for {count} processes, as torchrun does"):
+            processes.start(local_rank, cpu, by_deepspeed)
     return bool(shards)
+
+
+def _of_launcher(name: str, default: str = "none") -> int:
+    value = os.environ.get(name, default)
+    if not value.isdecimal():
+        raise UserError(f"expected {name}, which a launcher sets, to be a whole number, got {value}")
+    return int(value)
 
 
 def _is_set(name: str) -> bool:

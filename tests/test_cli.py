@@ -71,7 +71,9 @@ def test_a_run_leaves_all_that_it_promises(finished: Path) -> None:
 
 
 def test_eval_measures_what_the_run_reported(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(finished.rglob("*"))
     assert main(["eval", str(finished)]) == 0
+    assert sorted(finished.rglob("*")) == before
     rows = {row["name"]: row for row in json.loads((finished / "results.json").read_text())["rows"]}
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:]] == [
@@ -632,6 +634,36 @@ def test_launchers_that_are_refused(
         monkeypatch.setenv(name, value)
     assert main([*distill(), "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == f"cab distill: {message}\n"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, "expected WORLD_SIZE, which a launcher sets, to be a whole number, got two"),
+        ({"WORLD_SIZE": "2"}, "expected LOCAL_RANK, which a launcher sets, to be a whole number, got none"),
+        (
+            {"WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+            "expected what a launcher sets for 2 processes, as torchrun does, got: Error initializing ",
+        ),
+    ],
+    ids=["size", "rank", "address"],
+)
+def test_what_no_launcher_sets_is_refused(
+    settings: dict[str, str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert main([*distill(), "--out", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"cab distill: {message}")
+    assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
