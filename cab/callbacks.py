@@ -17,6 +17,7 @@ from transformers.integrations.integration_utils import is_wandb_available
 
 from cab.config import Config, UserError
 from cab.files import write_whole
+from cab.refusal import refused
 from cab.settings import flatten
 
 METRICS = "metrics.jsonl"
@@ -50,8 +51,11 @@ class MetricsFile(TrainerCallback):
         self._paused_at: float | None = None
 
     def last(self, split: str) -> dict[str, Any]:
-        """The latest entry of "train" or "test"."""
-        return next(entry for entry in reversed(self.entries) if entry["split"] == split)
+        """The latest entry of "train" or "test"; a :class:`UserError` where a resumed training has lost it."""
+        for entry in reversed(self.entries):
+            if entry["split"] == split:
+                return entry
+        raise UserError(f"expected what was measured on the {split} split in {self.file}, got none")
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -91,9 +95,14 @@ class MetricsFile(TrainerCallback):
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The entries of a ``metrics.jsonl``; none where there is no file, and not one that a kill left unfinished."""
-    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The entries of a ``metrics.jsonl``; none where there is no file, and not one that a kill left unfinished.
+
+    Raises:
+        UserError: the file holds something else than JSON.
+    """
+    with refused(f"expected lines of JSON in {file}"):
+        lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class Events(TensorBoardCallback):

@@ -26,7 +26,8 @@ def export(folder: Path, arm: str | None, kind: str, file: Path) -> str:
         file: where it goes.
 
     Raises:
-        UserError: not the folder of a run on images, no such arm, or one that has not ended.
+        UserError: not the folder of a run on images, no such arm, one that has not ended, or a file that cannot be
+            read or written.
     """
     config = of_run(folder)
     if not isinstance(config, VisionConfig):
@@ -43,7 +44,8 @@ def export(folder: Path, arm: str | None, kind: str, file: Path) -> str:
         raise UserError(
             f"expected a trained student in {source.parent}, got none; cab distill --resume {folder} goes on"
         )
-    state = safetensors.torch.load_file(source)
+    with refused(f"expected a whole student in {source}"):
+        state = safetensors.torch.load_file(source)
     student = of_arm(config, arm).student
     options = {**student_options(of_arm(config, arm)), "num_classes": len(state["head.weight"])}
     with refused(f"expected a file that can be written, {file}"):

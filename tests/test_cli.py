@@ -416,6 +416,17 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     )
 
 
+def test_an_export_of_a_damaged_student_is_one_line(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = shutil.copytree(finished, tmp_path / "run") / "cab" / "student.safetensors"
+    student.write_bytes(student.read_bytes()[:100])
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "s.safetensors"), "--arm", "cab"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"cab export: expected a whole student in {student}, got: ")
+    assert err.count("\n") == 1
+
+
 @pytest.fixture
 def full_disk() -> Iterator[None]:
     """Files cannot grow beyond 64 bytes."""

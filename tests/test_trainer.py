@@ -355,6 +355,17 @@ def test_a_checkpoint_of_other_processes_needs_no_random_state_of_this_one(
     assert (tmp_path / "run" / "checkpoint-6").is_dir()
 
 
+def test_metrics_that_are_damaged_or_missing_are_refused_in_one_line(splits: Splits, tmp_path: Path) -> None:
+    trainer(tiny(), splits, tmp_path).run()
+    file = tmp_path / METRICS
+    file.write_text('{"step": 0, "spl\n' + file.read_text())
+    with pytest.raises(UserError, match=f"^expected lines of JSON in {file}, got: Invalid control character"):
+        trainer(tiny(), splits, tmp_path).run(resume=True)
+    file.unlink()
+    with pytest.raises(UserError, match=rf"^expected what was measured on the test split in {file}, got none$"):
+        trainer(tiny(), splits, tmp_path).run(resume=True)
+
+
 @pytest.mark.parametrize("part", ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"])
 def test_a_checkpoint_on_a_full_disk_is_refused_in_one_line(splits: Splits, tmp_path: Path, part: str) -> None:
     made = trainer(tiny(), splits, tmp_path)
