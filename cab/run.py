@@ -73,7 +73,7 @@ def report(folders: Sequence[Path], file: Path) -> tuple[Measure, list[Row]]:
 
     Args:
         folders: of the runs, on images all or on text all.
-        file: where the PNG goes.
+        file: where the figure goes.
 
     Raises:
         UserError: not the folder of a run, runs of different kinds, or nothing trained yet.
