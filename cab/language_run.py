@@ -132,7 +132,8 @@ class LanguageRun(Run):
     def load_student(self, arm: LanguageConfig, folder: Path) -> nn.Module | None:
         if not (folder / STUDENT).is_dir():
             return None
-        return LanguageStudent(AutoModelForCausalLM.from_pretrained(folder / STUDENT)).model
+        with refused(f"expected a whole student of the run in {folder / STUDENT}"):
+            return LanguageStudent(AutoModelForCausalLM.from_pretrained(folder / STUDENT)).model
 
     def recall(self) -> Recall:
         length, known = self.config.data.length, self.splits.test.stream.unique().long()

@@ -90,13 +90,19 @@ def report(folders: Sequence[Path], file: Path) -> tuple[Measure, list[Row]]:
             if entries and name != "teacher":
                 metrics[prefix + name] = entries
             if (folder / name / RESULT).is_file():
-                row = Row(**json.loads((folder / name / RESULT).read_text()))
+                row = _read_row(folder / name)
                 rows.append(row._replace(name=prefix + name))
     if not metrics:
         raise UserError(f"expected a run with metrics, got none in {', '.join(map(str, folders))}")
     levels = {row.score for row in rows if row.name.rpartition("/")[2] == "teacher"}
     plot(measure, metrics, levels.pop() if len(levels) == 1 else None, ", ".join(_names(folders)), file)
     return measure, rows
+
+
+def _read_row(folder: Path) -> Row:
+    """What an ended training came to."""
+    with refused(f"expected a result as a run writes it in {folder / RESULT}"):
+        return Row(**json.loads((folder / RESULT).read_text()))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -300,7 +306,7 @@ class Run(ABC):
         """The teacher's row; it is trained on the full training split first where the run asks for that."""
         config, folder = self.config, self.folder / "teacher"
         if (folder / RESULT).is_file():
-            return Row(**json.loads((folder / RESULT).read_text()))
+            return _read_row(folder)
         model = self.teacher_model()
         if config.teacher.steps:
             optim = dataclasses.replace(config.optim, steps=config.teacher.steps, lr=config.teacher.lr)
@@ -320,7 +326,7 @@ class Run(ABC):
     def _arm(self, name: str, config: RunConfig) -> Row:
         folder = self.folder / name
         if (folder / RESULT).is_file():
-            return Row(**json.loads((folder / RESULT).read_text()))
+            return _read_row(folder)
         processes.wait()  # until the first has written the teacher
         teacher = self.teacher_model(bool(config.teacher.steps)) if needs_teacher(config) else None
         task = self.distillation_task(config, teacher)

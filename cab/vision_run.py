@@ -23,6 +23,7 @@ from cab.distill.vision import VisionTask
 from cab.files import save_whole
 from cab.layer_map import layer_map
 from cab.recipe import mixing
+from cab.refusal import refused
 from cab.report import ACCURACY
 from cab.run import Run
 from cab.settings import of_arm
@@ -83,7 +84,8 @@ class VisionRun(Run):
         if not (folder / STUDENT).is_file():
             return None
         student = student_model(arm, self.classes)
-        student.load_state_dict(safetensors.torch.load_file(folder / STUDENT))
+        with refused(f"expected a whole student of the run in {folder / STUDENT}"):
+            student.load_state_dict(safetensors.torch.load_file(folder / STUDENT))
         return student
 
     def attention_similarity(self, images: int) -> dict[str, list[float]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -424,6 +425,19 @@ def test_an_export_of_a_damaged_student_is_one_line(
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "s.safetensors"), "--arm", "cab"]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"cab export: expected a whole student in {student}, got: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "result.json"])
+def test_a_run_with_a_damaged_file_is_one_line(
+    name: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = shutil.copytree(finished, tmp_path / "run") / "cab" / name
+    damaged.write_bytes(damaged.read_bytes()[:20])
+    command = ["eval"] if name == "student.safetensors" else ["report", "--out", str(tmp_path / "r.png")]
+    assert main([*command, str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert re.match(rf"cab {command[0]}: expected .* in {damaged}, got: ", err)
     assert err.count("\n") == 1
 
 
