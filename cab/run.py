@@ -108,11 +108,10 @@ def _read_row(folder: Path) -> Row:
 def _names(folders: Sequence[Path]) -> list[str]:
     """The shortest ends of the folders' paths that tell them apart."""
     parts = [folder.resolve().parts for folder in folders]
-    for count in range(1, max(map(len, parts))):
-        names = ["/".join(part[-count:]) for part in parts]
-        if len(set(names)) == len(set(parts)):
-            break
-    return names
+    count = 1
+    while len({part[-count:] for part in parts}) < len(set(parts)):
+        count += 1
+    return ["/".join(part[-count:]) for part in parts]
 
 
 def compare_attention(folder: Path, file: Path, data: str | None = None, images: int = 256) -> None:
