@@ -311,11 +311,9 @@ def bridge_mse_chunked(
     return Partials(squares, counts, db1 if needs_w1 else None, db2 if needs_w2 else None)
 
 
-def make_deferred_dx(dz: torch.Tensor, w1: torch.Tensor, factor: torch.Tensor, dx: torch.Tensor) -> None:
-    """Write dx (bridges, batch, length, d_state) from what ``bridge_mse_chunked`` kept, times a factor per bridge."""
-    scaled = w1.new_empty(w1.shape, dtype=dz.dtype)
-    torch.mul(w1, factor[:, None, None], out=scaled)
-    _multiply(dz.flatten(1, 2), scaled, dx.flatten(1, 2))
+def make_deferred_dx(dz: torch.Tensor, w1: torch.Tensor, dx: torch.Tensor) -> None:
+    """Write dx (bridges, batch, length, d_state) from what ``bridge_mse_chunked`` kept; the factors are in w1."""
+    _multiply(dz.flatten(1, 2), w1, dx.flatten(1, 2))
 
 
 def is_small(hidden: int, d_state: int, width: int) -> bool:

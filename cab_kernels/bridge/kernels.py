@@ -2,7 +2,7 @@
 
 Everything is done in the forward pass: the loss and, unscaled, the gradients that will be asked for. Backward makes one
 launch, which multiplies them by ``2 * incoming / (counted tokens * width)`` and casts them; for large bridges in
-bfloat16 whose hidden layer is no wider than x it also makes dx, by a last product. So neither the target nor anything
+bfloat16 whose hidden layer is no wider than x it scales w1 instead of dx, and a last product makes dx. So neither the target nor anything
 wider than x is kept. What is kept becomes the gradients of x where it lies, unless the graph is retained and may be
 walked again.
 
@@ -24,7 +24,9 @@ from cab_kernels.bridge.matching_kernels import Call, Partials, cdiv, gradient_s
 
 NEEDS_X, NEEDS_W1, NEEDS_B1, NEEDS_W2, NEEDS_B2 = 1, 2, 4, 8, 16
 FUSED_DTYPES = (torch.bfloat16, torch.float16)  # float32 operands would double every register; cuBLAS does them
-BLOCK, REDUCE_BLOCK, REDUCE_SPLITS = 4096, 128, 32
+BLOCK = 4096
+# Numbers and parts of them that a program sums at a time: many numbers of few parts, and few of many.
+REDUCE_WIDE, REDUCE_LONG, REDUCE_MOST = (128, 32), (32, 128), 128
 
 
 @triton.jit
@@ -106,7 +108,7 @@ def _scale(source_ptr, out_ptr, size, stride_source, first, bridge, factor, BLOC
 def _bridge_scale_kernel(
     incoming_ptr,
     factor_ptr,
-    dx_ptr,
+    x_ptr,
     totals_ptr,
     out_x_ptr,
     out_w1_ptr,
@@ -120,13 +122,16 @@ def _bridge_scale_kernel(
     size_b2,
     BLOCK: tl.constexpr,
 ):
-    """Multiply one block of one gradient of a bridge by its factor; programs are numbered through all gradients."""
+    """Multiply one block of one gradient of a bridge by its factor; programs are numbered through all gradients.
+
+    ``x_ptr`` holds dx or, where backward makes dx by a product, w1.
+    """
     bridge = tl.program_id(1).to(tl.int64)
     factor = tl.load(incoming_ptr + bridge).to(tl.float32) * tl.load(factor_ptr + bridge)
     stride = size_w1 + size_b1 + size_w2 + size_b2
     first = 0
     if out_x_ptr is not None:
-        first = _scale(dx_ptr, out_x_ptr, size_x, size_x, first, bridge, factor, BLOCK)
+        first = _scale(x_ptr, out_x_ptr, size_x, size_x, first, bridge, factor, BLOCK)
     if out_w1_ptr is not None:
         first = _scale(totals_ptr, out_w1_ptr, size_w1, stride, first, bridge, factor, BLOCK)
     if out_b1_ptr is not None:
@@ -266,18 +271,17 @@ def _backward(
     outs = _empty_gradients(kept, w1, width, x_dtype, compute, needs & ~NEEDS_X if in_place else needs)
     if in_place:
         outs[0] = kept
-    scaled = list(outs)
+    source, scaled = kept, list(outs)
+    if deferred:
+        source, scaled[0] = w1.contiguous(), w1.new_empty(w1.shape, dtype=compute)
     with device_of(factor):
-        if deferred:
-            make_deferred_dx(kept, w1, incoming * factor, scaled[0])
-            scaled[0] = None
-        sizes = (kept.numel() // bridges, hidden * d_state, hidden, width * hidden, width)
+        sizes = (source.numel() // bridges, hidden * d_state, hidden, width * hidden, width)
         blocks = sum(cdiv(size, BLOCK) for size, out in zip(sizes, scaled, strict=True) if out is not None)
         if blocks > 0:
             _bridge_scale_kernel[(blocks, bridges)](
                 incoming.contiguous(),
                 factor,
-                kept,
+                source,
                 totals,
                 *scaled,
                 *sizes,
@@ -285,6 +289,8 @@ def _backward(
                 num_warps=4,
                 enable_fp_fusion=True,
             )
+        if deferred:
+            make_deferred_dx(kept, scaled[0], outs[0])
     return [out for out in outs if out is not None]
 
 
@@ -396,7 +402,8 @@ def _reduce(call: Call, partials: Partials, totals: torch.Tensor | None) -> tupl
     sizes = [0 if part is None else part.shape[2] for part in (inner, outer)]
     splits = [0 if part is None else part.shape[1] for part in (inner, outer)]
     size1, size2 = gradient_sizes(call)
-    _bridge_reduce_kernel[(sum(cdiv(size, REDUCE_BLOCK) for size in sizes) + 1, bridges)](
+    block, block_splits = REDUCE_WIDE if max(splits) <= REDUCE_MOST else REDUCE_LONG
+    _bridge_reduce_kernel[(sum(cdiv(size, block) for size in sizes) + 1, bridges)](
         inner,
         outer,
         squares,
@@ -410,8 +417,8 @@ def _reduce(call: Call, partials: Partials, totals: torch.Tensor | None) -> tupl
         size1 + size2,
         squares.shape[1],
         width,
-        BLOCK=REDUCE_BLOCK,
-        BLOCK_SPLITS=REDUCE_SPLITS,
+        BLOCK=block,
+        BLOCK_SPLITS=block_splits,
         BLOCK_PARTS=1024,
         num_warps=4,
         enable_fp_fusion=True,

@@ -532,7 +532,7 @@ ROWS = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64}
 TYPES = {
     "*fp32": "w1 b1 w2 b2 mean rstd partials inner outer squares totals loss factor incoming db1 db2 out_w1 out_b1 "
     "out_w2 out_b2",
-    "*bf16": "dx out_x out z h r dh dz",
+    "*bf16": "x dx out_x out z h r dh dz",
     "*i32": "counts",
     "*i1": "mask",
     "*i64": "index",
