@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cab_kernels import bridge_mse
-from cab_kernels.bridge import chunked_kernels, fused_kernels
+from cab_kernels.bridge import chunked_kernels, fused_kernels, product_kernels
 from cab_kernels.bridge.kernels import bridge_mse_triton
 
 GIB = 2**30
@@ -170,9 +170,12 @@ def launch_nothing(_kernel: Any, _grid: Any) -> Callable[..., None]:
 def traced_as_on_an_h100() -> Iterator[Trace]:
     """Tensors are fake, no kernel is launched, and buffers are as large as the GPU's multiprocessors make them."""
     with contextlib.ExitStack() as stack:
-        for module in (chunked_kernels, fused_kernels):
+        for module in (chunked_kernels, fused_kernels, product_kernels):
             stack.enter_context(mock.patch.object(module, "processors", return_value=132))
-        kernel = type(chunked_kernels._chunk_silu_kernel)  # compiled or interpreted
+        # Fake tensors lie nowhere.
+        stack.enter_context(mock.patch.object(product_kernels, "is_described", return_value=True))
+        stack.enter_context(mock.patch.object(chunked_kernels, "is_described", return_value=True))
+        kernel = type(chunked_kernels._chunk_x_kernel)  # compiled or interpreted
         stack.enter_context(mock.patch.object(kernel, "__getitem__", launch_nothing))
         yield stack.enter_context(Trace())
 

@@ -1,11 +1,14 @@
-"""The bridge loss for bridges too large for the chip: cuBLAS products over chunks of tokens, with Triton between them.
+"""The bridge loss for bridges too large for the chip: products over chunks of tokens, through buffers.
 
 A chunk goes in steps, with buffers Z (step, hidden), H and dZ (chunk, hidden) and R (chunk, width) in the products'
 dtype. For each step, and then once for the chunk:
 
-    Z = X w1^T     H = silu(Z + b1)     R = H w2^T, then R + b2 - target in place, with squares and db2
-    dZ = R w2, then times silu'(Z + b1) in place, with db1     dX = dZ w1
+    Z = X w1^T     H = silu(Z + b1)     R = H w2^T + b2 - target, with squares and db2
+    dZ = (R w2) silu'(Z + b1), with db1     dX = dZ w1
     dw2 += R^T H     dw1 += dZ^T X
+
+The first two lines are a product of cuBLAS and a pass over it each (``passes_kernels``), or one kernel each
+(``product_kernels``); what stands in Z is theirs. All else is cuBLAS.
 
 A step is small, so that what one launch leaves is still in the L2 cache when the next one reads it; a chunk is large,
 because each one reads and writes the float32 weight gradients, which accumulate through all chunks; where dZ is kept
@@ -29,18 +32,9 @@ import torch
 import triton
 import triton.language as tl
 
-from cab_kernels.bridge.device_kernels import tanh_like
-from cab_kernels.bridge.matching_kernels import (
-    Call,
-    Partials,
-    cdiv,
-    is_nvidia_bf16,
-    load_target,
-    match_tokens,
-    matching,
-    pick,
-    processors,
-)
+from cab_kernels.bridge.matching_kernels import Call, Partials, cdiv, match_tokens, matching, pick, processors
+from cab_kernels.bridge.passes_kernels import Passes, launch, multiply
+from cab_kernels.bridge.product_kernels import Products, is_described, takes_products
 
 CHUNK_TOKENS = 17408  # dw's read-modify-write costs 2 % of its products then, and 6 % in chunks a third as large
 DEFERRED_DTYPES = (torch.bfloat16,)
@@ -52,7 +46,6 @@ BATCHED_WEIGHT = 512 * 512  # hidden * max(d_state, width)
 BATCHED_BRIDGES = 8
 # Of a chunk's tokens, for the weight gradients of small bridges. Chosen by arithmetic, not timed against other splits.
 SPLITS, SPLIT_BYTES = 32, 16 * 2**20
-BLOCK_ROWS, BLOCK_COLUMNS = 64, 64
 
 
 @triton.jit
@@ -94,131 +87,6 @@ def _chunk_x_kernel(
     tl.store(out_rows[:, None] + cols[None, :], x, mask=mask)
 
 
-@triton.jit
-def _chunk_silu_kernel(
-    z_ptr,
-    b1_ptr,
-    h_ptr,
-    chunk,
-    hidden_size,
-    stride_z_slot,
-    stride_h_slot,
-    NVIDIA_BF16: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """h = silu(z + b1) of one block, which is u (1 + tanh u) with u = (z + b1) / 2."""
-    slot = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    cols = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    offs = (row.to(tl.int64) * hidden_size)[:, None] + cols[None, :]
-    mask = (row < chunk)[:, None] & (cols < hidden_size)[None, :]
-    b1 = tl.load(b1_ptr + slot * hidden_size + cols, mask=cols < hidden_size, other=0.0).to(tl.float32)
-    u = 0.5 * (tl.load(z_ptr + slot * stride_z_slot + offs, mask=mask, other=0.0).to(tl.float32) + b1[None, :])
-    h = u + u * tanh_like(u, NVIDIA_BF16)
-    tl.store(h_ptr + slot * stride_h_slot + offs, h.to(h_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _chunk_residual_kernel(
-    targets,
-    r_ptr,
-    b2_ptr,
-    mean_ptr,
-    rstd_ptr,
-    mask_ptr,
-    index_ptr,
-    db2_ptr,
-    squares_ptr,
-    counts_ptr,
-    first_bridge,
-    first_token,
-    chunk,
-    bridges,
-    tokens,
-    length,
-    target_length,
-    width,
-    head_dim,
-    stride_target_batch,
-    stride_target_head,
-    stride_target_token,
-    stride_target_dim,
-    stride_mean_target,
-    stride_mask_bridge,
-    stride_index_bridge,
-    stride_r_slot,
-    parts,
-    HAS_MASK: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    HAS_HEADS: tl.constexpr,
-    HAS_STATISTICS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """R + b2 - target of one block, in place, with the sums of r over its tokens and of r^2."""
-    slot = tl.program_id(2)
-    bridge = first_bridge + slot
-    which = bridge // (bridges // len(targets))
-    target_ptr = pick(targets, which)
-    cols = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    b2 = tl.load(b2_ptr + bridge * width + cols, mask=cols < width, other=0.0).to(tl.float32)
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    batch, _, source, counted, penalty = match_tokens(
-        tl.where(row < chunk, first_token + row, tokens), bridge, tokens, length, target_length, mask_ptr,
-        index_ptr, stride_mask_bridge, stride_index_bridge, HAS_MASK, HAS_INDEX,
-    )  # fmt: skip
-    target = load_target(
-        target_ptr + batch * stride_target_batch + source * stride_target_token, counted, cols,
-        mean_ptr, rstd_ptr, which * stride_mean_target, width, head_dim,
-        stride_target_head, stride_target_dim, HAS_HEADS, HAS_STATISTICS,
-    )  # fmt: skip
-    r_ptrs = r_ptr + slot.to(tl.int64) * stride_r_slot + (row.to(tl.int64) * width)[:, None] + cols[None, :]
-    mask = (row < chunk)[:, None] & (cols < width)[None, :]
-    r = tl.load(r_ptrs, mask=mask, other=0.0).to(tl.float32) + b2[None, :] - target
-    r = tl.where(counted[:, None] & (cols < width)[None, :], r, 0.0)
-    tl.store(r_ptrs, r.to(r_ptr.dtype.element_ty), mask=mask)
-    part = bridge.to(tl.int64) * parts + first_token // BLOCK_ROWS + tl.program_id(0)
-    tl.store(db2_ptr + part * width + cols, tl.sum(r, 0), mask=cols < width)
-    part = part * tl.num_programs(1) + tl.program_id(1)
-    tl.store(squares_ptr + part, tl.sum(r * r) + tl.sum(penalty))
-    # Each block of channels sees the same tokens: the first one counts them.
-    tl.store(counts_ptr + part, tl.where(tl.program_id(1) == 0, tl.sum(counted.to(tl.int32)), 0))
-
-
-@triton.jit
-def _chunk_slope_kernel(
-    z_ptr,
-    b1_ptr,
-    dz_ptr,
-    db1_ptr,
-    first_bridge,
-    first_token,
-    chunk,
-    hidden_size,
-    stride_z_slot,
-    stride_dz_slot,
-    parts,
-    NVIDIA_BF16: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """The hidden layer's gradient times silu'(z + b1) of one block, in place, with its sums over tokens."""
-    slot = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    cols = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    offs = (row.to(tl.int64) * hidden_size)[:, None] + cols[None, :]
-    mask = (row < chunk)[:, None] & (cols < hidden_size)[None, :]
-    dz_ptrs = dz_ptr + slot * stride_dz_slot + offs
-    b1 = tl.load(b1_ptr + slot * hidden_size + cols, mask=cols < hidden_size, other=0.0).to(tl.float32)
-    u = 0.5 * (tl.load(z_ptr + slot * stride_z_slot + offs, mask=mask, other=0.0).to(tl.float32) + b1[None, :])
-    s = 1.0 + tanh_like(u, NVIDIA_BF16)
-    dz = tl.load(dz_ptrs, mask=mask, other=0.0).to(tl.float32) * (0.5 * (s + u * s * (2.0 - s)))
-    tl.store(dz_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
-    part = (first_bridge + slot) * parts + first_token // BLOCK_ROWS + tl.program_id(0)
-    tl.store(db1_ptr + part * hidden_size + cols, tl.sum(dz, 0), mask=cols < hidden_size)
-
-
 def bridge_mse_chunked(
     call: Call, kept: torch.Tensor | None, totals: torch.Tensor | None, needs_w1: bool, needs_w2: bool
 ) -> Partials:
@@ -233,6 +101,7 @@ def bridge_mse_chunked(
     z_in_kept = kept is not None and not deferred and not small and hidden <= d_state
     dz_in_h = not deferred and is_one_step(x.dtype, small)
     group = min(bridges, BATCHED_BRIDGES) if small else 1
+    layer = Products if not small and takes_products(call) else Passes
     dz_size = hidden if walks_back and not deferred and not dz_in_h else 0
     buffers_size = hidden + width + dz_size + (hidden if small else 0)
     chunk, step = choose_chunk(
@@ -242,29 +111,32 @@ def bridge_mse_chunked(
         x.dtype,
         processors(x.device),
         small,
+        layer.ROWS,
     )
-    parts = cdiv(tokens, BLOCK_ROWS)
-    squares = x.new_empty((bridges, parts * cdiv(width, BLOCK_COLUMNS)), dtype=torch.float32)
+    parts = cdiv(tokens, layer.ROWS)
+    squares = x.new_empty((bridges, parts * cdiv(width, layer.COLUMNS)), dtype=torch.float32)
     counts = torch.empty_like(squares, dtype=torch.int32)
     db1 = x.new_empty((bridges, parts, hidden), dtype=torch.float32) if walks_back else None
     db2 = x.new_empty((bridges, parts, width), dtype=torch.float32)
+    sums = Partials(squares, counts, db1, db2)
     sizes = (hidden, width, dz_size)
     z_buffer = x.new_empty(0 if z_in_kept else group * step * hidden)
     buffers = [x.new_empty(group * chunk * size) for size in sizes]
-    where = matching(call)
-    nvidia_bf16 = is_nvidia_bf16(x)
     for first in range(0, bridges, group):
         part = slice(first, min(first + group, bridges))
-        w1, w2, b1 = call.w1[part].to(x.dtype), call.w2[part].to(x.dtype), call.b1[part]
+        members = part.stop - part.start
+        layers = layer(call, part, sums)
         grads = None if totals is None else _Gradients(totals[part], hidden, d_state, width)
         of_part = None if kept is None else kept[part].flatten(1, 2)
         matrix = _x_as_matrix(call, part)
+        if matrix is not None and layer is Products and not is_described(matrix[0]):
+            matrix = None
         dw1_at_once = needs_w1 and deferred and matrix is not None
         for start in range(0, tokens, chunk):
             stop = min(start + chunk, tokens)
-            xc = _copy_x(call, where, part, slice(start, stop)) if matrix is None else matrix[:, start:stop]
+            xc = _copy_x(call, part, slice(start, stop)) if matrix is None else matrix[:, start:stop]
             hs, rs, dzs = (
-                buffer[: len(w1) * (stop - start) * size].view(len(w1), stop - start, size)
+                buffer[: members * (stop - start) * size].view(members, stop - start, size)
                 for buffer, size in zip(buffers, sizes, strict=True)
             )
             if deferred:
@@ -276,30 +148,16 @@ def bridge_mse_chunked(
                 h, r = hs[:, now], rs[:, now]
                 dx = None if of_part is None or deferred else of_part[:, start + now.start : start + now.stop]
                 z = (dx.flatten() if z_in_kept else z_buffer)[: h.numel()].view(h.shape)
-                _multiply(xc[:, now], w1.mT, z)
-                _launch(
-                    _chunk_silu_kernel, h, z_ptr=z, b1_ptr=b1, h_ptr=h, hidden_size=hidden,
-                    stride_z_slot=z.stride(0), stride_h_slot=h.stride(0), NVIDIA_BF16=nvidia_bf16,
-                )  # fmt: skip
-                _multiply(h, w2.mT, r)
-                _launch(
-                    _chunk_residual_kernel, r, targets=tuple(call.targets), r_ptr=r, b2_ptr=call.b2, db2_ptr=db2,
-                    squares_ptr=squares, counts_ptr=counts, first_bridge=first, first_token=start + begin,
-                    bridges=bridges, stride_r_slot=r.stride(0), parts=parts, **where,
-                )  # fmt: skip
+                layers.hidden(xc[:, now], z, h)
+                layers.residual(h, r, start + begin)
                 if needs_w2 and dz_in_h:
                     _multiply_tokens(r, h, grads.w2, start > 0, small)
                 if not walks_back:
                     continue
                 dz = dzs[:, now]
-                _multiply(r, w2, dz)
-                _launch(
-                    _chunk_slope_kernel, dz, z_ptr=z, b1_ptr=b1, dz_ptr=dz, db1_ptr=db1, first_bridge=first,
-                    first_token=start + begin, hidden_size=hidden, stride_z_slot=z.stride(0),
-                    stride_dz_slot=dz.stride(0), parts=parts, NVIDIA_BF16=nvidia_bf16,
-                )  # fmt: skip
+                layers.gradient(r, z, dz, start + begin)
                 if dx is not None:
-                    _multiply(dz, w1, dx)
+                    multiply(dz, layers.w1, dx)
             if needs_w2 and not dz_in_h:
                 _multiply_tokens(rs, hs, grads.w2, start > 0, small)
             if needs_w1 and not dw1_at_once:
@@ -313,7 +171,7 @@ def bridge_mse_chunked(
 
 def make_deferred_dx(dz: torch.Tensor, w1: torch.Tensor, dx: torch.Tensor) -> None:
     """Write dx (bridges, batch, length, d_state) from what ``bridge_mse_chunked`` kept; the factors are in w1."""
-    _multiply(dz.flatten(1, 2), w1, dx.flatten(1, 2))
+    multiply(dz.flatten(1, 2), w1, dx.flatten(1, 2))
 
 
 def is_small(hidden: int, d_state: int, width: int) -> bool:
@@ -333,7 +191,7 @@ def is_one_step(compute: torch.dtype, small: bool) -> bool:
 
 @functools.lru_cache
 def choose_chunk(
-    tokens: int, token_bytes: int, channels: int, compute: torch.dtype, processors: int, small: bool
+    tokens: int, token_bytes: int, channels: int, compute: torch.dtype, processors: int, small: bool, rows: int
 ) -> tuple[int, int]:
     """Tokens per chunk and per step: steps whose products' tiles take the fewest rounds on the GPU, as few as may be.
 
@@ -341,6 +199,7 @@ def choose_chunk(
         token_bytes: of the buffers that are as long as a chunk.
         channels: of the widest of them.
         small: whether so little is done at a time that launches matter most: as few chunks as may be.
+        rows: a step is a multiple of so many tokens.
     """
     one_step = is_one_step(compute, small)
     most_chunk = min(
@@ -348,7 +207,7 @@ def choose_chunk(
         (SMALL_CHUNK_BYTES if small else CHUNK_BYTES) // token_bytes,
     )
     most = most_chunk if one_step else min(most_chunk, STEP_BYTES // (channels * compute.itemsize))
-    unit = TILE[0] if most >= TILE[0] else BLOCK_ROWS
+    unit = TILE[0] if most >= TILE[0] else rows
 
     def rounds_of(step: int) -> int:
         return cdiv(cdiv(step, TILE[0]) * cdiv(channels, TILE[1]), processors)
@@ -370,47 +229,21 @@ class _Gradients:
         self.w1, self.w2 = w1.unflatten(1, (hidden, d_state)), w2.unflatten(1, (width, hidden))
 
 
-def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
-    """``left @ right`` of each bridge into ``out``, or added to it, in out's dtype."""
-    to = {} if left.dtype == out.dtype else {"out_dtype": out.dtype}
-    if len(out) == 1:
-        # One product: as matrices, because cuBLAS splits long sums over multiprocessors only there.
-        left, right, out = left[0], right[0], out[0]
-    multiply, multiply_add = (torch.mm, torch.addmm) if out.dim() == 2 else (torch.bmm, torch.baddbmm)
-    if add:
-        multiply_add(out, left, right, **to, out=out)
-    else:
-        multiply(left, right, **to, out=out)
-
-
 def _multiply_tokens(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, add: bool, split: bool) -> None:
     """``left.mT @ right``, a sum over the tokens of each bridge, into ``out`` or added to it; in parts if ``split``."""
     most = 1 << max(0, (SPLIT_BYTES // max(1, out.nbytes)).bit_length() - 1)  # a power of two, as SPLITS is
     parts = math.gcd(left.shape[1], SPLITS, most)
     if not split or parts == 1:
-        _multiply(left.mT, right, out, add)
+        multiply(left.mT, right, out, add)
         return
     left, right = (value.unflatten(1, (parts, -1)).flatten(0, 1) for value in (left, right))
     products = out.new_empty((len(left), *out.shape[1:]))
-    _multiply(left.mT, right, products)
+    multiply(left.mT, right, products)
     products = products.unflatten(0, (-1, parts))
     if add:
         out += products.sum(1)
     else:
         torch.sum(products, 1, out=out)
-
-
-def _launch(kernel, value: torch.Tensor, **arguments: object) -> None:
-    """Launch over the blocks of ``value`` (bridges, tokens, channels)."""
-    bridges, chunk, channels = value.shape
-    kernel[(cdiv(chunk, BLOCK_ROWS), cdiv(channels, BLOCK_COLUMNS), bridges)](
-        chunk=chunk,
-        BLOCK_ROWS=BLOCK_ROWS,
-        BLOCK_COLUMNS=BLOCK_COLUMNS,
-        num_warps=4,
-        enable_fp_fusion=True,
-        **arguments,
-    )
 
 
 def _x_as_matrix(call: Call, part: slice) -> torch.Tensor | None:
@@ -423,14 +256,15 @@ def _x_as_matrix(call: Call, part: slice) -> torch.Tensor | None:
     return None
 
 
-def _copy_x(call: Call, where: dict[str, object], part: slice, chunk: slice) -> torch.Tensor:
+def _copy_x(call: Call, part: slice, chunk: slice) -> torch.Tensor:
     """A chunk of some bridges' x, with zeros for the tokens that do not count."""
     x = call.xs[part.start]
     bridges, tokens, d_state = part.stop - part.start, chunk.stop - chunk.start, x.shape[2]
     out = x.new_empty((bridges, tokens, d_state))
+    where = matching(call)
     names = ("mask_ptr", "index_ptr", "tokens", "length", "target_length")
     names += ("stride_mask_bridge", "stride_index_bridge", "HAS_MASK", "HAS_INDEX")
-    _launch(
+    launch(
         _chunk_x_kernel,
         out,
         xs=tuple(call.xs),

@@ -41,6 +41,7 @@ from cab_kernels.bridge.matching_kernels import (
     Partials,
     cdiv,
     gradient_sizes,
+    is_hopper,
     is_nvidia_bf16,
     load_target,
     match_tokens,
@@ -336,7 +337,8 @@ def bridge_mse_fused(call: Call, dx: torch.Tensor | None, needs_w1: bool, needs_
     x = call.xs[0]
     block_state, block_hidden = weight_blocks(d_state, hidden)
     columns = cdiv(width, BLOCK_WIDTH)
-    pipelined = _pipelines(x.device)
+    # For Blackwell, Triton 3.6 cannot compile the prefetch; elsewhere the shared memory may not be there.
+    pipelined = is_hopper(x.device)
     where = matching(call)
     # Statistics and heads apart take registers of their own, and so does dw1 of a larger state.
     plain = block_state == 16 and not where["HAS_HEADS"] and not where["HAS_STATISTICS"]
@@ -420,14 +422,3 @@ def choose_splits(bridges: int, tiles: int, places: int, most: int) -> int:
 def places(device: torch.device, warps: int) -> int:
     """How many programs run at a time: their registers leave room for eight warps on a multiprocessor."""
     return processors(device) * 8 // warps
-
-
-@functools.lru_cache
-def _pipelines(device: torch.device) -> bool:
-    """Whether w2 stays in shared memory and blocks are fetched ahead: on a Hopper GPU, and interpreted.
-
-    For Blackwell, Triton 3.6 cannot compile the prefetch; elsewhere the shared memory may not be there.
-    """
-    if device.type != "cuda":
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9

@@ -2,9 +2,9 @@
 
 Everything is done in the forward pass: the loss and, unscaled, the gradients that will be asked for. Backward makes one
 launch, which multiplies them by ``2 * incoming / (counted tokens * width)`` and casts them; for large bridges in
-bfloat16 whose hidden layer is no wider than x it scales w1 instead of dx, and a last product makes dx. So neither the target nor anything
-wider than x is kept. What is kept becomes the gradients of x where it lies, unless the graph is retained and may be
-walked again.
+bfloat16 whose hidden layer is no wider than x it scales w1 instead of dx, and a last product makes dx. So neither the
+target nor anything wider than x is kept. What is kept becomes the gradients of x where it lies, unless the graph is
+retained and may be walked again.
 
 Symbols of arXiv:2510.19266 and ours: phi_B, phi_C = a bridge; B, C = x; K, Q = target.
 """

@@ -136,6 +136,14 @@ def is_nvidia_bf16(x: torch.Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None and x.dtype == torch.bfloat16
 
 
+@functools.lru_cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether this is a Hopper GPU; what runs on one is interpreted, too."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def gradient_sizes(call: Call) -> tuple[int, int]:
     """How many numbers the gradients of w1 and b1, and of w2 and b2, of one bridge have, in this order."""
     _, hidden, d_state, width = call.sizes

@@ -4,8 +4,9 @@
 
 SPEC.json is a list of {"module", "kernel", "signature", "constexprs", "options"}, as Triton's ``ASTSource`` takes them;
 each is compiled for its "capabilities", or all of ``CAPABILITIES``, and a line is printed for each that compiled.
-Arguments that are "aligned" are multiples of 16, as most are when launched. A line ends with how many later fetches may
-still be under way at each of the kernel's waits for memory that is fetched ahead.
+Arguments that are "aligned" are multiples of 16, as most are when launched. A line ends with how many bytes of shared
+memory the kernel takes, and how many later fetches may still be under way at each of its waits for memory that is
+fetched ahead.
 """
 
 import importlib
@@ -23,7 +24,7 @@ from triton.compiler import ASTSource
 CAPABILITIES = (80, 90, 100)
 
 
-def compile_kernel(spec: dict, capability: int) -> list[str]:
+def compile_kernel(spec: dict, capability: int) -> tuple[int, list[str]]:
     kernel = getattr(importlib.import_module(spec["module"]), spec["kernel"])
     types = {name: tuple(kind) if isinstance(kind, list) else kind for name, kind in spec["signature"].items()}
     signature = {name: "constexpr" if name in spec["constexprs"] else types[name] for name in kernel.arg_names}
@@ -34,7 +35,7 @@ def compile_kernel(spec: dict, capability: int) -> list[str]:
             attrs |= {path: [["tt.divisibility", 16]] for path in paths}
     source = ASTSource(fn=kernel, signature=signature, constexprs=spec["constexprs"], attrs=attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=spec["options"])
-    return re.findall(r"async_wait .*?num = (\d+)", compiled.asm["ttgir"])
+    return compiled.metadata.shared, re.findall(r"async_wait .*?num = (\d+)", compiled.asm["ttgir"])
 
 
 def main() -> None:
@@ -42,8 +43,9 @@ def main() -> None:
         specs = json.load(file)
     for spec in specs:
         for capability in spec.get("capabilities", CAPABILITIES):
-            waits = compile_kernel(spec, capability)
-            print(f"{spec['module']}:{spec['kernel']} sm_{capability} {spec['constexprs']} waits {' '.join(waits)}")
+            shared, waits = compile_kernel(spec, capability)
+            name = f"{spec['module']}:{spec['kernel']} sm_{capability} {spec['constexprs']}"
+            print(f"{name} shared {shared} waits {' '.join(waits)}")
 
 
 if __name__ == "__main__":

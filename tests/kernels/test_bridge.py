@@ -10,6 +10,8 @@ from cab_kernels import bridge_mse, bridge_mse_grouped, bridge_mse_grouped_ref, 
 
 FUSED = "cab_kernels.bridge.fused_kernels"
 CHUNKED = "cab_kernels.bridge.chunked_kernels"
+PASSES = "cab_kernels.bridge.passes_kernels"
+PRODUCTS = "cab_kernels.bridge.product_kernels"
 KERNELS = "cab_kernels.bridge.kernels"
 
 
@@ -28,6 +30,11 @@ def make(seed=0, *, batch=2, length=9, d_state=5, hidden=7, width=6, dtype=torch
         draw(width, scale=0.5),
         draw(batch, length, width),
     )
+
+
+def whole(seed=0, **sizes):
+    """A float32 bridge whose rows are whole units of what TMA moves, so that every path takes it."""
+    return make(seed, dtype=torch.float32, **{"d_state": 8, "hidden": 12, "width": 8} | sizes)
 
 
 def grads(loss, inputs, scale=1.0):
@@ -174,18 +181,29 @@ SHAPES = [
     pytest.param({"length": 64, "d_state": 16, "hidden": 64, "width": 64, "batch": 1}, id="exactly a block"),
     pytest.param({"length": 140, "d_state": 16, "hidden": 100, "width": 150}, id="three blocks of w2 on chip"),
     pytest.param({"length": 5, "width": 200}, id="more channels than stay in registers"),
+    pytest.param({"length": 140, "d_state": 20, "hidden": 132, "width": 260}, id="several tiles of products, cut off"),
+    pytest.param({"length": 150, "d_state": 36, "hidden": 12, "width": 8}, id="hidden narrower than x, in whole units"),
     pytest.param({"length": 150, "d_state": 20, "hidden": 12, "width": 9}, id="hidden narrower than x"),
     pytest.param({"batch": 1, "length": 1, "d_state": 1, "hidden": 1, "width": 1}, id="ones"),
     pytest.param({"length": 0}, id="empty"),
 ]
 
 
-@pytest.fixture(params=["fused", "chunked, small", "chunked, float32", "chunked, bfloat16"])
+@pytest.fixture(
+    params=[
+        "fused",
+        "chunked, small",
+        "chunked, float32",
+        "chunked, bfloat16",
+        "products, bfloat16",
+        "products, float16",
+    ]
+)
 def path(request, monkeypatch, device):
     """Run float32 bridges, all that the interpreter can do, each of the ways that bridges go, in small chunks."""
     way = request.param
-    if way == "fused" and device == "cuda":
-        pytest.skip("a GPU runs float32 in chunks only; TestOnGPU has the rest")
+    if way.startswith(("fused", "products")) and device == "cuda":
+        pytest.skip("a GPU runs float32 in chunks and by cuBLAS only; TestOnGPU has the rest")
     kernels, chunked = importlib.import_module(KERNELS), importlib.import_module(CHUNKED)
     monkeypatch.setattr(kernels, "FUSED_DTYPES", (torch.float32,) if way == "fused" else ())
     monkeypatch.setattr(chunked, "CHUNK_TOKENS", 64 if way == "chunked, small" else 128)
@@ -193,9 +211,12 @@ def path(request, monkeypatch, device):
     monkeypatch.setattr(chunked, "STEP_BYTES", 0)
     if way != "chunked, small":
         monkeypatch.setattr(chunked, "BATCHED_WEIGHT", 0)
-    if way == "chunked, bfloat16":
+    if way.endswith("bfloat16"):
         monkeypatch.setattr(chunked, "DEFERRED_DTYPES", (torch.float32,))
+    if way.endswith(("bfloat16", "float16")):
         monkeypatch.setattr(chunked, "ONE_STEP_DTYPES", ())
+    if way.startswith("products"):
+        monkeypatch.setattr(importlib.import_module(PRODUCTS), "DTYPES", (torch.float32,))
     return way
 
 
@@ -225,10 +246,11 @@ class TestKernels:
         assert_close(got, want)
 
     def test_read_any_strides(self, device):
-        x, *weights, target = make(dtype=torch.float32, device=device, length=20, width=12)
+        x, *weights, target = whole(device=device, length=20, width=12)
         heads = torch.randn(2, 20, 3, 3, 4, device=device)  # a packed qkv: (batch, length, part, head, channel)
         views = [
-            (torch.cat((x, x, x), -1)[..., 5:10], target, target),
+            (torch.cat((x, x, x), -1)[..., 8:16], target, target),
+            (torch.cat((x, x, x), -1)[..., 1:9].copy_(x), F.pad(target, (1, 3))[..., 1:-3], target),
             (
                 x.transpose(1, 2).contiguous().transpose(1, 2),
                 target.transpose(1, 2).contiguous().transpose(1, 2),
@@ -245,7 +267,7 @@ class TestKernels:
     @pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32], ids=["int64", "int32"])
     def test_mask_index_and_statistics(self, device, index_dtype):
         generator = torch.Generator(device).manual_seed(1)
-        x, *weights, target = make(dtype=torch.float32, device=device, length=70, width=8)
+        x, *weights, target = whole(device=device, length=70, width=8)
         mask = torch.rand(2, 70, generator=generator, device=device) > 0.4
         index = (torch.randperm(70, generator=generator, device=device) - 1).to(index_dtype)  # one token is left out
         mean, rstd = target.mean((0, 1)), 1 / target.std((0, 1))
@@ -260,27 +282,27 @@ class TestKernels:
         assert_close(run(bridge_mse, (x, *weights), target, backend="triton", **options), want)
 
     def test_nothing_counted_is_zero(self, device):
-        *inputs, target = make(dtype=torch.float32, device=device)
+        *inputs, target = whole(device=device)
         mask = torch.zeros(2, 9, dtype=torch.bool, device=device)
         got = run(bridge_mse, inputs, target.fill_(torch.nan), mask=mask, backend="triton")
         assert all(not value.any() for value in got)
 
     def test_an_index_beyond_the_target_makes_the_loss_nan(self, device):
-        *inputs, target = make(dtype=torch.float32, device=device)
+        *inputs, target = whole(device=device)
         index = torch.arange(9, device=device)
         assert not bridge_mse(*inputs, target, token_index=index, backend="triton").isnan()
         assert bridge_mse(*inputs, target, token_index=index + 1, backend="triton").isnan()
 
-    @pytest.mark.parametrize("hidden", [7, 4], ids=["wider than x", "narrower than x"])
+    @pytest.mark.parametrize("hidden", [12, 4], ids=["wider than x", "narrower than x"])
     def test_a_group_is_its_bridges(self, hidden, device):
-        sizes = {"length": 35, "hidden": hidden, "width": 10}
-        cases = [make(seed, dtype=torch.float32, device=device, **sizes) for seed in range(4)]
+        sizes = {"length": 35, "hidden": hidden, "width": 12}
+        cases = [whole(seed, device=device, **sizes) for seed in range(4)]
         stacks = [torch.stack([case[i] for case in cases]).requires_grad_() for i in range(1, 5)]
         xs = [case[0].clone().requires_grad_() for case in cases]
         targets = [cases[0][5], cases[1][5]]
         mask = torch.rand(4, 2, 35, generator=torch.Generator(device).manual_seed(1), device=device) > 0.4
         index = torch.stack([torch.arange(35), torch.arange(35).flip(0)] * 2).to(device)
-        mean, rstd = torch.randn(2, 10, device=device), torch.rand(2, 10, device=device)
+        mean, rstd = torch.randn(2, 12, device=device), torch.rand(2, 12, device=device)
         options = {"mask": mask, "token_index": index, "target_mean": mean, "target_rstd": rstd}
         incoming = torch.tensor([1.0, 2.0, 3.0, 4.0], device=device)
         results = []
@@ -290,10 +312,10 @@ class TestKernels:
         for got, want in zip(*results, strict=True):
             torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
 
-    @pytest.mark.parametrize("hidden", [7, 4], ids=["wider than x", "narrower than x"])
+    @pytest.mark.parametrize("hidden", [12, 4], ids=["wider than x", "narrower than x"])
     @pytest.mark.parametrize("frozen", range(5), ids=NAMES[1:])
     def test_frozen_inputs_get_nothing_and_change_nothing(self, frozen, hidden, device):
-        *inputs, target = make(dtype=torch.float32, device=device, hidden=hidden)
+        *inputs, target = whole(device=device, hidden=hidden)
         want = run(bridge_mse_ref, inputs, target)
         inputs = [value.requires_grad_(i != frozen) for i, value in enumerate(inputs)]
         bridge_mse(*inputs, target, backend="triton").backward()
@@ -303,7 +325,7 @@ class TestKernels:
             torch.testing.assert_close(inputs[i].grad, want[1 + i], rtol=2e-5, atol=2e-6)
 
     def test_without_gradients_only_the_loss_is_made(self, device):
-        *inputs, target = make(dtype=torch.float32, device=device)
+        *inputs, target = whole(device=device)
         inputs = [value.requires_grad_() for value in inputs]
         with torch.no_grad():
             loss = bridge_mse(*inputs, target, backend="triton")
@@ -311,7 +333,7 @@ class TestKernels:
         torch.testing.assert_close(loss, bridge_mse_ref(*inputs, target).detach())
 
     def test_a_retained_graph_can_be_walked_twice_but_not_differentiated(self, device):
-        *inputs, target = make(dtype=torch.float32, device=device)
+        *inputs, target = whole(device=device)
         inputs = [value.requires_grad_() for value in inputs]
         loss = bridge_mse(*inputs, target, backend="triton")
         first, second = (torch.autograd.grad(loss, inputs, retain_graph=True) for _ in range(2))
@@ -322,14 +344,14 @@ class TestKernels:
             dx.sum().backward()
 
     def test_two_runs_give_the_same_bits(self, device):
-        *inputs, target = make(dtype=torch.float32, device=device, length=300)
+        *inputs, target = whole(device=device, length=300)
         first, second = (run(bridge_mse, inputs, target, backend="triton") for _ in range(2))
         assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
     def test_compiles_as_one_graph(self, device, monkeypatch):
         # Whether the interpreter runs is a question that only this test would compile.
         monkeypatch.setattr("cab_kernels.bridge.op.choose_backend", lambda *_: "triton")
-        *inputs, target = make(dtype=torch.float32, device=device)
+        *inputs, target = whole(device=device)
         mask = torch.arange(9, device=device).expand(2, 9) % 3 > 0
         compiled = torch.compile(bridge_mse, fullgraph=True, backend="aot_eager")
         got = run(compiled, inputs, target, mask=mask, backend="triton")
@@ -345,7 +367,7 @@ class TestKernels:
         assert torch.equal(dx, (0.5 * kept).half())
 
     def test_the_last_walk_of_a_graph_needs_no_second_place_for_dx(self, path, device):
-        *inputs, target = make(dtype=torch.float32, device=device, hidden=4, length=200)
+        *inputs, target = whole(device=device, hidden=4, length=200)
         x = inputs[0].requires_grad_()
         loss = bridge_mse(*inputs, target, backend="triton")
         function, _ = loss.grad_fn.next_functions[0]
@@ -353,13 +375,13 @@ class TestKernels:
         (first,) = torch.autograd.grad(loss, x, retain_graph=True)
         (last,) = torch.autograd.grad(loss, x)
         assert first.untyped_storage().data_ptr() not in places
-        assert (last.untyped_storage().data_ptr() in places) == (path != "chunked, bfloat16")
+        assert (last.untyped_storage().data_ptr() in places) == (not path.endswith("bfloat16"))
         assert torch.equal(first, last)
 
     @pytest.mark.parametrize("channels_first", [False, True], ids=["channels last", "channels first"])
     def test_ops_are_what_they_declare(self, channels_first, device):
         kernels = importlib.import_module(KERNELS)
-        x, w1, b1, w2, b2, target = make(dtype=torch.float32, device=device)
+        x, w1, b1, w2, b2, target = whole(device=device)
         x = x.transpose(1, 2).contiguous().transpose(1, 2) if channels_first else x
         weights = [value.unsqueeze(0) for value in (w1, b1, w2, b2)]
         arguments = ([x], *weights, [target], None, None, None, None, torch.float32, 31)
@@ -390,7 +412,7 @@ def test_splits_fill_the_gpu():
 
 
 def test_chunks_are_full_rounds_of_tiles():
-    choose = importlib.import_module(CHUNKED).choose_chunk
+    choose = functools.partial(importlib.import_module(CHUNKED).choose_chunk, rows=64)
     half, single = torch.bfloat16, torch.float32
     assert choose(32768, 2 * 768 * 2, 768, half, 132, False) == (16384, 16384)  # 128 * 3 tiles of 128 x 256: 3 rounds
     assert choose(8192, 2 * 2048 * 2, 2048, half, 132, False) == (8192, 4096)
@@ -592,9 +614,43 @@ def test_other_kernels_compile_for_gpus_that_are_not_here(compile_offline):
             spec(KERNELS, "_bridge_reduce_kernel", {"BLOCK": 128, "BLOCK_SPLITS": 64, "BLOCK_PARTS": 1024}),
             spec(KERNELS, "_bridge_scale_kernel", {"BLOCK": 1024}),
             spec(CHUNKED, "_chunk_x_kernel", ROWS | {"HAS_MASK": True, "HAS_INDEX": True}),
-            spec(CHUNKED, "_chunk_silu_kernel", ROWS | {"NVIDIA_BF16": True}),
-            spec(CHUNKED, "_chunk_residual_kernel", FLAGS | ROWS),
-            spec(CHUNKED, "_chunk_slope_kernel", ROWS | {"NVIDIA_BF16": True}),
+            spec(PASSES, "_pass_silu_kernel", ROWS | {"NVIDIA_BF16": True}),
+            spec(PASSES, "_pass_residual_kernel", FLAGS | ROWS),
+            spec(PASSES, "_pass_slope_kernel", ROWS | {"NVIDIA_BF16": True}),
         ]
     )
     assert log.count("sm_90") == 6
+
+
+def test_two_programs_of_a_product_fit_on_a_hopper_gpu(compile_offline):
+    products = importlib.import_module(PRODUCTS)
+    rows, columns = products.Products.ROWS, products.Products.COLUMNS
+    blocks = {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "BLOCK_DEPTH": products.DEPTH, "STAGES": products.STAGES}
+    blocks_of = {"left": (rows, products.DEPTH), "right": (columns, products.DEPTH), "out": (rows, columns // 4)}
+    left, right, out = (f"tensordesc<bf16{list(block)}>" for block in blocks_of.values())
+    swapped = f"tensordesc<bf16{[products.DEPTH, columns]}>"
+    slope = out.replace("bf16", "fp16")
+    nothing = {"mask_ptr": None, "index_ptr": None, "mean_ptr": None, "rstd_ptr": None} | dict.fromkeys(FLAGS, False)
+    cases = [
+        ("_product_silu_kernel", {"x": left, "w1": right, "slope": slope, "h": out}, {"NVIDIA_BF16": True}),
+        ("_product_residual_kernel", {"h": left, "w2": right, "r": out, "target": out}, nothing | {"IS_MATRIX": True}),
+        (
+            "_product_residual_kernel",
+            {"h": left, "w2": right, "r": out, "target": "*bf16"},
+            FLAGS | {"IS_MATRIX": False, "stride_target_dim": 1},
+        ),
+        ("_product_slope_kernel", {"r": left, "w2": swapped, "slope": slope, "dz": out}, {}),
+    ]
+    specs = [spec(PRODUCTS, kernel, blocks | flags, num_stages=products.STAGES) for kernel, _, flags in cases]
+    for one, (_, types, _) in zip(specs, cases, strict=True):
+        one["signature"] |= types
+        aligned = [
+            name
+            for name, kind in one["signature"].items()
+            if name not in one["constexprs"] and "tensordesc" not in kind
+        ]
+        one |= {"capabilities": [90], "aligned": aligned}
+    log = compile_offline(specs)
+    most = [int(line.split()[0]) for line in log.split("shared ")[1:]]
+    assert len(most) == len(cases)
+    assert all(products.PROGRAMS * (shared + 1024) <= 228 * 1024 for shared in most), most
