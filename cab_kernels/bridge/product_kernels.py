@@ -1,10 +1,11 @@
 """A large bridge's products with what follows each of them done before it is stored: for 16 bits on a Hopper GPU.
 
-What ``passes_kernels`` writes, reads and writes again, these write once: a program owns one block of a product after
-another, and has it in registers when it adds the bias, applies silu or subtracts the target. Operands and results move
-by TMA, through descriptors, which also cut them off at their ends. Two programs share a multiprocessor, so one
-multiplies while the other is at its end; four column blocks of a result one after another take a quarter of the
-registers and of the shared memory.
+What ``passes_kernels`` writes, reads and writes again, these write once: a program owns a block of a product, and has
+it in registers when it adds the bias, applies silu or subtracts the target. Operands and results move by TMA, through
+descriptors, which also cut them off at their ends. Two programs share a multiprocessor, so one multiplies while the
+other is at its end. Quarters of a block are stored one after another, which takes fewer registers and less shared
+memory. The kernel of silu goes from block to block; the others read a block more at their end, for which the shared
+memory of the product is free only if nothing follows.
 
 In Z's place lies silu'(Z + b1), rounded to float16, which holds it to two bits more than bfloat16 would.
 """
@@ -40,18 +41,22 @@ def _product(
     left, right, row, column, depth, RIGHT_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The block of left @ right^T, or with RIGHT_ROWS of left @ right, that begins there; in four blocks of columns."""
+    """The block of left @ right^T, or with RIGHT_ROWS of left @ right, that begins there; its columns in quarters."""
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for start in tl.range(0, depth, BLOCK_DEPTH, num_stages=STAGES):
         factor = right.load([start, column]) if RIGHT_ROWS else tl.trans(right.load([column, start]))
         total = tl.dot(left.load([row, start]), factor, total)
-    low, high = _halves(total)
-    return _halves(low) + _halves(high)
+    return _quarters(total)
+
+
+@triton.jit
+def _quarters(block):
+    left, right = _halves(block)
+    return _halves(left) + _halves(right)
 
 
 @triton.jit
 def _halves(block):
-    """Its left and its right half."""
     return tl.split(tl.permute(tl.reshape(block, (block.shape[0], 2, block.shape[1] // 2)), (0, 2, 1)))
 
 
@@ -132,36 +137,37 @@ def _product_residual_kernel(
     Where IS_MATRIX, ``target`` is a descriptor of the chunk's tokens, else a pointer.
     """
     columns = tl.cdiv(width, BLOCK_COLUMNS)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(chunk, BLOCK_ROWS) * columns, tl.num_programs(0), flatten=True):
-        row, column = tile // columns * BLOCK_ROWS, tile % columns * BLOCK_COLUMNS
-        part = (first_token + row) // BLOCK_ROWS
-        y = _product(h, w2, row, column, hidden_size, False, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, STAGES)
-        offs = row + tl.arange(0, BLOCK_ROWS)
-        batch, _, source, counted, penalty = match_tokens(
-            tl.where(offs < chunk, first_token + offs, tokens), bridge, tokens, length, target_length, mask_ptr,
-            index_ptr, stride_mask_bridge, stride_index_bridge, HAS_MASK, HAS_INDEX,
-        )  # fmt: skip
-        squares = tl.sum(penalty)
-        for j in tl.static_range(4):
-            first = column + j * (BLOCK_COLUMNS // 4)
-            cols = first + tl.arange(0, BLOCK_COLUMNS // 4)
-            if IS_MATRIX:
-                wanted = target.load([row, first]).to(tl.float32)
-            else:
-                wanted = load_target(
-                    target + batch * stride_target_batch + source * stride_target_token, counted, cols,
-                    mean_ptr, rstd_ptr, which * stride_mean_target, width, head_dim,
-                    stride_target_head, stride_target_dim, HAS_HEADS, HAS_STATISTICS,
-                )  # fmt: skip
-            b2 = tl.load(b2_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)
-            out = tl.where(counted[:, None] & (cols < width)[None, :], y[j] + b2[None, :] - wanted, 0.0)
-            r.store([row, first], out.to(r.dtype))
-            tl.store(db2_ptr + part * width + cols, tl.sum(out, 0), mask=cols < width)
-            squares += tl.sum(out * out)
-        place = part * columns + tile % columns
-        tl.store(squares_ptr + place, squares)
-        # Each block of channels sees the same tokens: the first one counts them.
-        tl.store(counts_ptr + place, tl.where(column == 0, tl.sum(counted.to(tl.int32)), 0))
+    tile = tl.program_id(0)
+    row, column = tile // columns * BLOCK_ROWS, tile % columns * BLOCK_COLUMNS
+    part = (first_token + row) // BLOCK_ROWS
+    y = _product(h, w2, row, column, hidden_size, False, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, STAGES)
+    if IS_MATRIX:
+        wanted = _quarters(target.load([row, column]))
+    offs = row + tl.arange(0, BLOCK_ROWS)
+    batch, _, source, counted, squares = match_tokens(
+        tl.where(offs < chunk, first_token + offs, tokens), bridge, tokens, length, target_length, mask_ptr,
+        index_ptr, stride_mask_bridge, stride_index_bridge, HAS_MASK, HAS_INDEX,
+    )  # fmt: skip
+    for j in tl.static_range(4):
+        first = column + j * (BLOCK_COLUMNS // 4)
+        cols = first + tl.arange(0, BLOCK_COLUMNS // 4)
+        if IS_MATRIX:
+            value = wanted[j].to(tl.float32)
+        else:
+            value = load_target(
+                target + batch * stride_target_batch + source * stride_target_token, counted, cols,
+                mean_ptr, rstd_ptr, which * stride_mean_target, width, head_dim,
+                stride_target_head, stride_target_dim, HAS_HEADS, HAS_STATISTICS,
+            )  # fmt: skip
+        b2 = tl.load(b2_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)
+        out = tl.where(counted[:, None] & (cols < width)[None, :], y[j] + b2[None, :] - value, 0.0)
+        r.store([row, first], out.to(r.dtype))
+        tl.store(db2_ptr + part * width + cols, tl.sum(out, 0), mask=cols < width)
+        squares += tl.sum(out * out, 1)
+    place = part * columns + tile % columns
+    tl.store(squares_ptr + place, tl.sum(squares))
+    # Each block of channels sees the same tokens: the first one counts them.
+    tl.store(counts_ptr + place, tl.where(column == 0, tl.sum(counted.to(tl.int32)), 0))
 
 
 @triton.jit
@@ -182,16 +188,16 @@ def _product_slope_kernel(
 ):
     """dz = (r w2) slope, with its sums over a block's tokens, into the bridge's parts."""
     columns = tl.cdiv(hidden_size, BLOCK_COLUMNS)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(chunk, BLOCK_ROWS) * columns, tl.num_programs(0), flatten=True):
-        row, column = tile // columns * BLOCK_ROWS, tile % columns * BLOCK_COLUMNS
-        part = (first_token + row) // BLOCK_ROWS
-        dh = _product(r, w2, row, column, width, True, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, STAGES)
-        for j in tl.static_range(4):
-            first = column + j * (BLOCK_COLUMNS // 4)
-            cols = first + tl.arange(0, BLOCK_COLUMNS // 4)
-            out = dh[j] * slope.load([row, first]).to(tl.float32)
-            dz.store([row, first], out.to(dz.dtype))
-            tl.store(db1_ptr + part * hidden_size + cols, tl.sum(out, 0), mask=cols < hidden_size)
+    row, column = tl.program_id(0) // columns * BLOCK_ROWS, tl.program_id(0) % columns * BLOCK_COLUMNS
+    part = (first_token + row) // BLOCK_ROWS
+    dh = _product(r, w2, row, column, width, True, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, STAGES)
+    slopes = _quarters(slope.load([row, column]))
+    for j in tl.static_range(4):
+        first = column + j * (BLOCK_COLUMNS // 4)
+        cols = first + tl.arange(0, BLOCK_COLUMNS // 4)
+        out = dh[j] * slopes[j].to(tl.float32)
+        dz.store([row, first], out.to(dz.dtype))
+        tl.store(db1_ptr + part * hidden_size + cols, tl.sum(out, 0), mask=cols < hidden_size)
 
 
 class Products:
@@ -212,17 +218,17 @@ class Products:
         self.target = _target_as_matrix(target) if plain else None
 
     def hidden(self, x: torch.Tensor, z: torch.Tensor, h: torch.Tensor) -> None:
-        z = _slopes(z)
-        _product_silu_kernel[self._grid(h)](
-            self._left(x), self._right(self.w1), self._result(z), self._result(h), self.b1, h.shape[1], x.shape[2],
-            h.shape[2], NVIDIA_BF16=is_nvidia_bf16(h), **self._options,
+        programs = min(self._tiles(h), PROGRAMS * processors(h.device))
+        _product_silu_kernel[(programs,)](
+            self._left(x), self._right(self.w1), self._result(_slopes(z)), self._result(h), self.b1, h.shape[1],
+            x.shape[2], h.shape[2], NVIDIA_BF16=is_nvidia_bf16(h), **self._options,
         )  # fmt: skip
 
     def residual(self, h: torch.Tensor, r: torch.Tensor, first_token: int) -> None:
         target = self.call.targets[self.which]
         if self.target is not None:
-            target = self._result(self.target[None, first_token : first_token + r.shape[1]])
-        _product_residual_kernel[self._grid(r)](
+            target = self._read(self.target[None, first_token : first_token + r.shape[1]])
+        _product_residual_kernel[(self._tiles(r),)](
             self._left(h), self._right(self.w2), self._result(r), target, b2_ptr=self.b2, db2_ptr=self.db2,
             squares_ptr=self.squares, counts_ptr=self.counts, bridge=self.bridge, which=self.which,
             first_token=first_token, chunk=r.shape[1], hidden_size=h.shape[2], IS_MATRIX=self.target is not None,
@@ -230,20 +236,22 @@ class Products:
         )  # fmt: skip
 
     def gradient(self, r: torch.Tensor, z: torch.Tensor, dz: torch.Tensor, first_token: int) -> None:
-        _product_slope_kernel[self._grid(dz)](
-            self._left(r), _descriptor(self.w2, DEPTH, self.COLUMNS), self._result(_slopes(z)), self._result(dz),
+        _product_slope_kernel[(self._tiles(dz),)](
+            self._left(r), _descriptor(self.w2, DEPTH, self.COLUMNS), self._read(_slopes(z)), self._result(dz),
             self.db1, first_token, dz.shape[1], r.shape[2], dz.shape[2], **self._options,
         )  # fmt: skip
 
-    def _grid(self, out: torch.Tensor) -> tuple[int]:
-        _, rows, columns = out.shape
-        return (min(cdiv(rows, self.ROWS) * cdiv(columns, self.COLUMNS), PROGRAMS * processors(out.device)),)
+    def _tiles(self, out: torch.Tensor) -> int:
+        return cdiv(out.shape[1], self.ROWS) * cdiv(out.shape[2], self.COLUMNS)
 
     def _left(self, value: torch.Tensor) -> TensorDescriptor:
         return _descriptor(value, self.ROWS, DEPTH)
 
     def _right(self, value: torch.Tensor) -> TensorDescriptor:
         return _descriptor(value, self.COLUMNS, DEPTH)
+
+    def _read(self, value: torch.Tensor) -> TensorDescriptor:
+        return _descriptor(value, self.ROWS, self.COLUMNS)
 
     def _result(self, value: torch.Tensor) -> TensorDescriptor:
         return _descriptor(value, self.ROWS, self.COLUMNS // 4)

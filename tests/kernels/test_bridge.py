@@ -626,20 +626,20 @@ def test_two_programs_of_a_product_fit_on_a_hopper_gpu(compile_offline):
     products = importlib.import_module(PRODUCTS)
     rows, columns = products.Products.ROWS, products.Products.COLUMNS
     blocks = {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "BLOCK_DEPTH": products.DEPTH, "STAGES": products.STAGES}
-    blocks_of = {"left": (rows, products.DEPTH), "right": (columns, products.DEPTH), "out": (rows, columns // 4)}
-    left, right, out = (f"tensordesc<bf16{list(block)}>" for block in blocks_of.values())
-    swapped = f"tensordesc<bf16{[products.DEPTH, columns]}>"
-    slope = out.replace("bf16", "fp16")
+    blocks_of = {"left": (rows, products.DEPTH), "right": (columns, products.DEPTH), "read": (rows, columns)}
+    left, right, read = (f"tensordesc<bf16{list(block)}>" for block in blocks_of.values())
+    swapped, out = (f"tensordesc<bf16{block}>" for block in ([products.DEPTH, columns], [rows, columns // 4]))
+    slope, slope_read = (kind.replace("bf16", "fp16") for kind in (out, read))
     nothing = {"mask_ptr": None, "index_ptr": None, "mean_ptr": None, "rstd_ptr": None} | dict.fromkeys(FLAGS, False)
     cases = [
         ("_product_silu_kernel", {"x": left, "w1": right, "slope": slope, "h": out}, {"NVIDIA_BF16": True}),
-        ("_product_residual_kernel", {"h": left, "w2": right, "r": out, "target": out}, nothing | {"IS_MATRIX": True}),
+        ("_product_residual_kernel", {"h": left, "w2": right, "r": out, "target": read}, nothing | {"IS_MATRIX": True}),
         (
             "_product_residual_kernel",
             {"h": left, "w2": right, "r": out, "target": "*bf16"},
             FLAGS | {"IS_MATRIX": False, "stride_target_dim": 1},
         ),
-        ("_product_slope_kernel", {"r": left, "w2": swapped, "slope": slope, "dz": out}, {}),
+        ("_product_slope_kernel", {"r": left, "w2": swapped, "slope": slope_read, "dz": out}, {}),
     ]
     specs = [spec(PRODUCTS, kernel, blocks | flags, num_stages=products.STAGES) for kernel, _, flags in cases]
     for one, (_, types, _) in zip(specs, cases, strict=True):
