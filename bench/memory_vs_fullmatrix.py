@@ -157,7 +157,7 @@ def our_bridge(x: torch.Tensor, weights: list[torch.Tensor], target: torch.Tenso
     if x.is_cuda:
         return bridge_mse(x, *weights, target)
     # Without a GPU, bridge_mse would take the definition.
-    stacks = [value.unsqueeze(0) for value in weights]
+    stacks = [[value.unsqueeze(0)] for value in weights]
     return bridge_mse_triton([x], *stacks, [target], None, None, None, None).squeeze(0)
 
 

@@ -87,24 +87,39 @@ class Alignment:
         directions = [direction for index in students for direction in self.projections[index]]
         if directions:
             sources = [direction.B for direction in directions], [direction.C for direction in directions]
-            keys, queries = self.targets.key(layer, key, self.mask), self.targets.query(layer, query, self.mask)
-            self.of_keys.append(self._losses(sources[0], self.key_weights[layer], keys))
-            self.of_queries.append(self._losses(sources[1], self.query_weights[layer], queries))
+            weights = self.key_weights[layer], self.query_weights[layer]
+            targets = self.targets.key(layer, key, self.mask), self.targets.query(layer, query, self.mask)
+            if _lie_alike(targets[0].value, targets[1].value):  # they share launches, where the bridges are small
+                of_keys, of_queries = self._losses(sources, weights, targets).chunk(2)
+            else:
+                of_keys, of_queries = (
+                    self._losses([source], [weight], [target])
+                    for source, weight, target in zip(sources, weights, targets, strict=True)
+                )
+            self.of_keys.append(of_keys)
+            self.of_queries.append(of_queries)
 
-    def _losses(self, sources: list[Tensor], weights: BridgeWeights, target: Target) -> Tensor:
-        if weights.w1 is None or weights.b1 is None:
-            return self._linear_losses(sources, weights, target)
+    def _losses(
+        self, sources: Sequence[list[Tensor]], weights: Sequence[BridgeWeights], targets: Sequence[Target]
+    ) -> Tensor:
+        """The losses of all sources to one target, of all to the next, ..., of one width."""
+        w1, b1, w2, b2 = zip(*weights, strict=True)
+        if w1[0] is None:
+            losses = map(self._linear_losses, sources, weights, targets)
+            return torch.cat(list(losses))
+        means = [target.mean for target in targets if target.mean is not None]
+        rstds = [target.rstd for target in targets if target.rstd is not None]
         return bridge_mse_grouped(
-            sources,
-            weights.w1,
-            weights.b1,
-            weights.w2,
-            weights.b2,
-            target.value,
+            [source for group in sources for source in group],
+            w1,
+            b1,
+            w2,
+            b2,
+            [target.value for target in targets],
             mask=self.mask,
             token_index=self.token_index,
-            target_mean=target.mean,
-            target_rstd=target.rstd,
+            target_mean=torch.stack(means) if means else None,
+            target_rstd=torch.stack(rstds) if rstds else None,
         )
 
     def _linear_losses(self, sources: list[Tensor], weights: BridgeWeights, target: Target) -> Tensor:
@@ -136,3 +151,7 @@ class Alignment:
     def loss(self) -> Tensor:
         """Their mean, 0-d."""
         return self.layers().mean()
+
+
+def _lie_alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.stride() == other.stride() and one.dtype == other.dtype

@@ -97,10 +97,10 @@ def _load_w2(w2_ptr, cols, offs_hidden, width, hidden_size, dtype: tl.constexpr)
 def _bridge_inner_kernel(
     xs,
     targets,
-    w1_ptr,
-    b1_ptr,
-    w2_ptr,
-    b2_ptr,
+    w1s,
+    b1s,
+    w2s,
+    b2s,
     mean_ptr,
     rstd_ptr,
     mask_ptr,
@@ -157,16 +157,18 @@ def _bridge_inner_kernel(
     offs_hidden = tl.arange(0, BLOCK_HIDDEN)
     w1_mask = (offs_hidden < hidden_size)[:, None] & (offs_state < d_state)[None, :]
     offs_w1 = offs_hidden[:, None] * d_state + offs_state[None, :]
-    w1 = (0.5 * tl.load(w1_ptr + bridge * hidden_size * d_state + offs_w1, mask=w1_mask, other=0.0)).to(compute)
-    b1 = _load_bias(b1_ptr + bridge * hidden_size, offs_hidden, hidden_size, 0.5, compute)
-    b2_row = b2_ptr + bridge * width
-    w2_rows = w2_ptr + bridge * width * hidden_size
-    w2s = ()
-    b2s = ()
+    stack, member = bridge // (len(xs) // len(w1s)), bridge % (len(xs) // len(w1s))
+    w1_ptr = pick(w1s, stack) + member * hidden_size * d_state
+    w1 = (0.5 * tl.load(w1_ptr + offs_w1, mask=w1_mask, other=0.0)).to(compute)
+    b1 = _load_bias(pick(b1s, stack) + member * hidden_size, offs_hidden, hidden_size, 0.5, compute)
+    b2_row = pick(b2s, stack) + member * width
+    w2_rows = pick(w2s, stack) + member * width * hidden_size
+    w2_blocks = ()
+    b2_blocks = ()
     for j in tl.static_range(COLUMN_BLOCKS):
         cols = j * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-        w2s = w2s + (_load_w2(w2_rows, cols, offs_hidden, width, hidden_size, compute),)
-        b2s = b2s + (_load_bias(b2_row, cols, width, 1.0, compute),)
+        w2_blocks = w2_blocks + (_load_w2(w2_rows, cols, offs_hidden, width, hidden_size, compute),)
+        b2_blocks = b2_blocks + (_load_bias(b2_row, cols, width, 1.0, compute),)
     ones = tl.full((BLOCK_TOKENS, 16), 1.0, compute)
     dw1 = tl.zeros((BLOCK_HIDDEN, BLOCK_STATE), tl.float32)
     db1 = tl.zeros((BLOCK_HIDDEN, 16), tl.float32)
@@ -199,9 +201,9 @@ def _bridge_inner_kernel(
                     target_rows, counted, cols, mean_ptr, rstd_ptr, which * stride_mean_target, width, head_dim,
                     stride_target_head, stride_target_dim, HAS_HEADS, HAS_STATISTICS,
                 )  # fmt: skip
-                residual = tl.dot(hidden, tl.trans(w2s[j]), tl.dot(present, b2s[j])) - target
+                residual = tl.dot(hidden, tl.trans(w2_blocks[j]), tl.dot(present, b2_blocks[j])) - target
                 squares += tl.sum(residual * residual, 1)
-                dh = tl.dot(residual.to(compute), w2s[j], dh)
+                dh = tl.dot(residual.to(compute), w2_blocks[j], dh)
         else:
             for first in range(0, width, BLOCK_WIDTH):
                 cols = first + tl.arange(0, BLOCK_WIDTH)
@@ -239,10 +241,10 @@ def _bridge_inner_kernel(
 def _bridge_outer_kernel(
     xs,
     targets,
-    w1_ptr,
-    b1_ptr,
-    w2_ptr,
-    b2_ptr,
+    w1s,
+    b1s,
+    w2s,
+    b2s,
     mean_ptr,
     rstd_ptr,
     mask_ptr,
@@ -289,11 +291,13 @@ def _bridge_outer_kernel(
     offs_hidden = tl.arange(0, BLOCK_HIDDEN)
     w1_mask = (offs_hidden < hidden_size)[:, None] & (offs_state < d_state)[None, :]
     offs_w1 = offs_hidden[:, None] * d_state + offs_state[None, :]
-    w1 = (0.5 * tl.load(w1_ptr + bridge * hidden_size * d_state + offs_w1, mask=w1_mask, other=0.0)).to(compute)
-    b1 = _load_bias(b1_ptr + bridge * hidden_size, offs_hidden, hidden_size, 0.5, compute)
+    stack, member = bridge // (len(xs) // len(w1s)), bridge % (len(xs) // len(w1s))
+    w1_ptr = pick(w1s, stack) + member * hidden_size * d_state
+    w1 = (0.5 * tl.load(w1_ptr + offs_w1, mask=w1_mask, other=0.0)).to(compute)
+    b1 = _load_bias(pick(b1s, stack) + member * hidden_size, offs_hidden, hidden_size, 0.5, compute)
     cols = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    w2 = _load_w2(w2_ptr + bridge * width * hidden_size, cols, offs_hidden, width, hidden_size, compute)
-    b2 = _load_bias(b2_ptr + bridge * width, cols, width, 1.0, compute)
+    w2 = _load_w2(pick(w2s, stack) + member * width * hidden_size, cols, offs_hidden, width, hidden_size, compute)
+    b2 = _load_bias(pick(b2s, stack) + member * width, cols, width, 1.0, compute)
     dw2 = tl.zeros((BLOCK_WIDTH, BLOCK_HIDDEN), tl.float32)
     db2 = tl.zeros((BLOCK_WIDTH, 16), tl.float32)
     ones = tl.full((BLOCK_TOKENS, 16), 1.0, compute)
@@ -362,10 +366,10 @@ def bridge_mse_fused(call: Call, dx: torch.Tensor | None, needs_w1: bool, needs_
     arguments = {
         "xs": tuple(call.xs),
         "targets": tuple(call.targets),
-        "w1_ptr": call.w1,
-        "b1_ptr": call.b1,
-        "w2_ptr": call.w2,
-        "b2_ptr": call.b2,
+        "w1s": tuple(call.w1),
+        "b1s": tuple(call.b1),
+        "w2s": tuple(call.w2),
+        "b2s": tuple(call.b2),
         "d_state": d_state,
         "hidden_size": hidden,
         "stride_x_batch": x.stride(0),

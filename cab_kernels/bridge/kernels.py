@@ -12,6 +12,8 @@ Symbols of arXiv:2510.19266 and ours: phi_B, phi_C = a bridge; B, C = x; K, Q = 
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -188,10 +190,10 @@ def _alike(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def _forward(
     xs: list[torch.Tensor],
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
+    w1: list[torch.Tensor],
+    b1: list[torch.Tensor],
+    w2: list[torch.Tensor],
+    b2: list[torch.Tensor],
     targets: list[torch.Tensor],
     mask: torch.Tensor | None,
     token_index: torch.Tensor | None,
@@ -207,23 +209,19 @@ def _forward(
     with torch.autocast(xs[0].device.type, enabled=False), device_of(xs[0]):
         call = Call(
             _alike([x.to(compute) for x in xs]),
-            w1.contiguous(),
-            b1.contiguous(),
-            w2.contiguous(),
-            b2.contiguous(),
+            *([weight.contiguous() for weight in stacks] for stacks in (w1, b1, w2, b2)),
             _alike(targets),
             None if mask is None else mask.contiguous(),
             None if token_index is None else token_index.contiguous(),
             None if target_mean is None else target_mean.contiguous(),
             None if target_rstd is None else target_rstd.contiguous(),
         )
-        fused = _fused(w1, compute)
-        kept = _empty_kept(xs, w1, w2, compute) if needs & NEEDS_X else None
+        kept = _empty_kept(xs, w1[0], w2[0], compute) if needs & NEEDS_X else None
         needs_w1, needs_w2 = bool(needs & (NEEDS_W1 | NEEDS_B1)), bool(needs & (NEEDS_W2 | NEEDS_B2))
         totals = None
         if needs_w1 or needs_w2:
-            totals = w1.new_empty((len(xs), sum(gradient_sizes(call))), dtype=torch.float32)
-        if fused:
+            totals = w1[0].new_empty((len(xs), sum(gradient_sizes(call))), dtype=torch.float32)
+        if _fused(w1[0], compute):
             partials = bridge_mse_fused(call, kept, needs_w1, needs_w2)
         else:
             partials = bridge_mse_chunked(call, kept, totals, needs_w1, needs_w2)
@@ -232,7 +230,7 @@ def _forward(
         loss,
         factor,
         xs[0].new_empty((0,), dtype=compute) if kept is None else kept,
-        w1.new_empty((0,), dtype=torch.float32) if totals is None else totals,
+        w1[0].new_empty((0,), dtype=torch.float32) if totals is None else totals,
     )
 
 
@@ -241,12 +239,12 @@ _forward_op = torch.library.custom_op("cab_kernels::bridge_mse", _forward, mutat
 
 @_forward_op.register_fake
 def _(xs, w1, b1, w2, b2, targets, mask, token_index, target_mean, target_rstd, compute, needs):
-    bridges, hidden, d_state = w1.shape
-    kept = _empty_kept(xs, w1, w2, compute) if needs & NEEDS_X else xs[0].new_empty((0,), dtype=compute)
-    size = hidden * (d_state + 1) + w2.shape[1] * (hidden + 1)
-    shape = (bridges, size) if needs & ~NEEDS_X else (0,)
-    loss, factor = (w1.new_empty((bridges,), dtype=torch.float32) for _ in range(2))
-    return loss, factor, kept, w1.new_empty(shape, dtype=torch.float32)
+    _, hidden, d_state = w1[0].shape
+    kept = _empty_kept(xs, w1[0], w2[0], compute) if needs & NEEDS_X else xs[0].new_empty((0,), dtype=compute)
+    size = hidden * (d_state + 1) + w2[0].shape[1] * (hidden + 1)
+    shape = (len(xs), size) if needs & ~NEEDS_X else (0,)
+    loss, factor = (w1[0].new_empty((len(xs),), dtype=torch.float32) for _ in range(2))
+    return loss, factor, kept, w1[0].new_empty(shape, dtype=torch.float32)
 
 
 def _backward(
@@ -261,14 +259,14 @@ def _backward(
     needs: int,
     retained: bool,
 ) -> list[torch.Tensor]:
-    """The gradients that ``needs`` names, in its order, times the factor and the incoming gradient.
+    """The gradients that ``needs`` names, in its order, of all bridges, times the factor and the incoming gradient.
 
     Unless ``retained``, ``kept`` itself may become one of them.
     """
-    bridges, hidden, d_state = w1.shape
+    bridges, (hidden, d_state) = len(factor), w1.shape[1:]
     deferred = bool(needs & NEEDS_X) and _deferred(w1, compute)
     in_place = bool(needs & NEEDS_X) and not deferred and not retained and kept.dtype == x_dtype
-    outs = _empty_gradients(kept, w1, width, x_dtype, compute, needs & ~NEEDS_X if in_place else needs)
+    outs = _empty_gradients(factor, kept, w1, width, x_dtype, compute, needs & ~NEEDS_X if in_place else needs)
     if in_place:
         outs[0] = kept
     source, scaled = kept, list(outs)
@@ -311,14 +309,20 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(incoming, factor, kept, totals, w1, width, x_dtype, compute, needs):
-    return [out for out in _empty_gradients(kept, w1, width, x_dtype, compute, needs) if out is not None]
+    return [out for out in _empty_gradients(factor, kept, w1, width, x_dtype, compute, needs) if out is not None]
 
 
 def _empty_gradients(
-    kept: torch.Tensor, w1: torch.Tensor, width: int, x_dtype: torch.dtype, compute: torch.dtype, needs: int
+    factor: torch.Tensor,
+    kept: torch.Tensor,
+    w1: torch.Tensor,
+    width: int,
+    x_dtype: torch.dtype,
+    compute: torch.dtype,
+    needs: int,
 ) -> list[torch.Tensor | None]:
     """Space for dx, dw1, db1, dw2 and db2; None for those that nobody needs."""
-    bridges, hidden, d_state = w1.shape
+    bridges, (hidden, d_state) = factor.shape[0], w1.shape[1:]
     outs: list[torch.Tensor | None] = [None]
     if needs & NEEDS_X:
         deferred = _deferred(w1, compute)
@@ -338,15 +342,15 @@ class BridgeMSEFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, bridges, compute, needs, w1, b1, w2, b2, mask, token_index, target_mean, target_rstd, *lists):
+    def forward(ctx, bridges, stacks, compute, needs, mask, token_index, target_mean, target_rstd, *lists):
         forward = _forward_op if torch.compiler.is_compiling() else _forward
-        xs, targets = list(lists[:bridges]), list(lists[bridges:])
+        xs, w1, b1, w2, b2, targets = _cut(lists, (bridges, *[stacks] * 4))
         loss, factor, kept, totals = forward(
             xs, w1, b1, w2, b2, targets, mask, token_index, target_mean, target_rstd, compute, needs
         )
-        ctx.save_for_backward(factor, kept, totals, w1)
-        ctx.width, ctx.x_dtype, ctx.compute = w2.shape[1], xs[0].dtype, compute
-        ctx.bridges, ctx.targets, ctx.needs = bridges, len(targets), needs
+        ctx.save_for_backward(factor, kept, totals, w1[0])
+        ctx.width, ctx.x_dtype, ctx.compute = w2[0].shape[1], xs[0].dtype, compute
+        ctx.bridges, ctx.stacks, ctx.targets, ctx.needs = bridges, stacks, len(targets), needs
         return loss
 
     @staticmethod
@@ -359,39 +363,61 @@ class BridgeMSEFunction(torch.autograd.Function):
             # What PyTorch itself asks before a compiled backward gives its buffers away.
             retained = torch._C._autograd._get_current_graph_task_keep_graph()
             outs = iter(_backward(*arguments, retained))
-        dx, *weights = (
-            next(outs) if ctx.needs & bit else None for bit in (NEEDS_X, NEEDS_W1, NEEDS_B1, NEEDS_W2, NEEDS_B2)
-        )
-        dxs = [None] * ctx.bridges if dx is None else dx.unbind()
-        return None, None, None, *weights, None, None, None, None, *dxs, *[None] * ctx.targets
+        gradients: list[torch.Tensor | None] = []
+        gradients += next(outs).unbind() if ctx.needs & NEEDS_X else [None] * ctx.bridges
+        for bit in (NEEDS_W1, NEEDS_B1, NEEDS_W2, NEEDS_B2):
+            gradients += next(outs).split(ctx.bridges // ctx.stacks) if ctx.needs & bit else [None] * ctx.stacks
+        return *[None] * 8, *gradients, *[None] * ctx.targets
 
 
 def bridge_mse_triton(
     xs: list[torch.Tensor],
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
+    w1: list[torch.Tensor],
+    b1: list[torch.Tensor],
+    w2: list[torch.Tensor],
+    b2: list[torch.Tensor],
     targets: list[torch.Tensor],
     mask: torch.Tensor | None,
     token_index: torch.Tensor | None,
     target_mean: torch.Tensor | None,
     target_rstd: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Losses (bridges,) of stacked bridges, float32; the arguments of :func:`cab_kernels.bridge_mse_grouped`."""
+    """Losses (bridges,), float32; the arguments of :func:`cab_kernels.bridge_mse_grouped`, whose stacks are one size.
+
+    There is one stack, or one for each target.
+    """
     if xs[0].dim() == 2:
         xs, targets = [x.unsqueeze(0) for x in xs], [target.unsqueeze(0) for target in targets]
         mask = None if mask is None else mask.unsqueeze(-2)
     device = xs[0].device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else xs[0].dtype
+    if len(w1) > 1 and not _fused(w1[0], compute):  # they have no launch to share
+        share = len(xs) // len(w1)
+        losses = []
+        for i, weights in enumerate(zip(w1, b1, w2, b2, strict=True)):
+            own, first = slice(i, i + 1), i * share
+            options = (_part(mask, 2, first, share), _part(token_index, 1, first, share))
+            options += (_part(target_mean, 1, i, 1), _part(target_rstd, 1, i, 1))
+            one = bridge_mse_triton(xs[first : first + share], *([stack] for stack in weights), targets[own], *options)
+            losses.append(one)
+        return torch.cat(losses)
     needs = 0
     if torch.is_grad_enabled():
-        needs = NEEDS_X if any(x.requires_grad for x in xs) else 0
-        for bit, weight in ((NEEDS_W1, w1), (NEEDS_B1, b1), (NEEDS_W2, w2), (NEEDS_B2, b2)):
-            needs |= bit if weight.requires_grad else 0
-    return BridgeMSEFunction.apply(
-        len(xs), compute, needs, w1, b1, w2, b2, mask, token_index, target_mean, target_rstd, *xs, *targets
-    )
+        for bit, values in ((NEEDS_X, xs), (NEEDS_W1, w1), (NEEDS_B1, b1), (NEEDS_W2, w2), (NEEDS_B2, b2)):
+            needs |= bit if any(value.requires_grad for value in values) else 0
+    options = (mask, token_index, target_mean, target_rstd)
+    return BridgeMSEFunction.apply(len(xs), len(w1), compute, needs, *options, *xs, *w1, *b1, *w2, *b2, *targets)
+
+
+def _cut(values: Sequence[torch.Tensor], counts: Sequence[int]) -> list[list[torch.Tensor]]:
+    """The first so many, the next so many, ..., and all that remain."""
+    ends = [0, *itertools.accumulate(counts), len(values)]
+    return [list(values[first:end]) for first, end in itertools.pairwise(ends)]
+
+
+def _part(value: torch.Tensor | None, axes: int, first: int, count: int) -> torch.Tensor | None:
+    """What all share, of so many axes, whole; else some of what has one more."""
+    return value if value is None or value.dim() == axes else value[first : first + count]
 
 
 def _reduce(call: Call, partials: Partials, totals: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

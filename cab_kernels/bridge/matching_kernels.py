@@ -84,13 +84,16 @@ def load_target(
 
 
 class Call(NamedTuple):
-    """One call of the op: xs (batch, length, d_state) of one dtype and one set of strides, and so the targets."""
+    """One call of the op: xs (batch, length, d_state) of one dtype and one set of strides, and so the targets.
+
+    The weights are stacks of as many bridges each; of bridges that do not stay on chip, a call has one stack.
+    """
 
     xs: list[torch.Tensor]
-    w1: torch.Tensor
-    b1: torch.Tensor
-    w2: torch.Tensor
-    b2: torch.Tensor
+    w1: list[torch.Tensor]
+    b1: list[torch.Tensor]
+    w2: list[torch.Tensor]
+    b2: list[torch.Tensor]
     targets: list[torch.Tensor]
     mask: torch.Tensor | None
     token_index: torch.Tensor | None
@@ -104,7 +107,7 @@ class Call(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """bridges, hidden, d_state, width"""
-        return (*self.w1.shape, self.w2.shape[1])
+        return (len(self.xs), *self.w1[0].shape[1:], self.w2[0].shape[1])
 
 
 class Partials(NamedTuple):
@@ -166,7 +169,7 @@ def matching(call: Call) -> dict[str, object]:
         "tokens": call.tokens,
         "length": call.xs[0].shape[1],
         "target_length": target.shape[-2],
-        "width": call.w2.shape[1],
+        "width": call.w2[0].shape[1],
         "head_dim": target.shape[-1],
         "stride_target_batch": batch,
         "stride_target_head": head,

@@ -89,7 +89,7 @@ def _pass_residual_kernel(
     which = bridge // (bridges // len(targets))
     target_ptr = pick(targets, which)
     cols = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    b2 = tl.load(b2_ptr + bridge * width + cols, mask=cols < width, other=0.0).to(tl.float32)
+    b2 = tl.load(b2_ptr + slot * width + cols, mask=cols < width, other=0.0).to(tl.float32)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     batch, _, source, counted, penalty = match_tokens(
         tl.where(row < chunk, first_token + row, tokens), bridge, tokens, length, target_length, mask_ptr,
@@ -158,7 +158,8 @@ class Passes:
     def __init__(self, call: Call, part: slice, sums: Partials) -> None:
         dtype = call.xs[0].dtype
         self.call, self.sums, self.first_bridge = call, sums, part.start
-        self.w1, self.w2, self.b1 = call.w1[part].to(dtype), call.w2[part].to(dtype), call.b1[part]
+        self.w1, self.w2 = call.w1[0][part].to(dtype), call.w2[0][part].to(dtype)
+        self.b1, self.b2 = call.b1[0][part], call.b2[0][part]
         self.where = matching(call)
 
     def hidden(self, x: torch.Tensor, z: torch.Tensor, h: torch.Tensor) -> None:
@@ -173,7 +174,7 @@ class Passes:
         """R = H w2^T + b2 - target, with squares and db2"""
         multiply(h, self.w2.mT, r)
         launch(
-            _pass_residual_kernel, r, targets=tuple(self.call.targets), r_ptr=r, b2_ptr=self.call.b2,
+            _pass_residual_kernel, r, targets=tuple(self.call.targets), r_ptr=r, b2_ptr=self.b2,
             db2_ptr=self.sums.outer, squares_ptr=self.sums.squares, counts_ptr=self.sums.counts,
             first_bridge=self.first_bridge, first_token=first_token, bridges=len(self.call.xs),
             stride_r_slot=r.stride(0), parts=self.sums.outer.shape[1], **self.where,

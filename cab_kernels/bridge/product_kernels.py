@@ -209,8 +209,8 @@ class Products:
         dtype, bridge = call.xs[0].dtype, part.start
         self.call, self.bridge = call, bridge
         self.which = bridge // (len(call.xs) // len(call.targets))
-        self.w1, self.w2 = (_as_described(weight[part].to(dtype)) for weight in (call.w1, call.w2))
-        self.b1, self.b2 = call.b1[bridge], call.b2[bridge]
+        self.w1, self.w2 = (_as_described(weight[0][part].to(dtype)) for weight in (call.w1, call.w2))
+        self.b1, self.b2 = call.b1[0][bridge], call.b2[0][bridge]
         self.squares, self.counts, self.db1, self.db2 = (None if value is None else value[bridge] for value in sums)
         self.where = matching(call)
         target = call.targets[self.which]

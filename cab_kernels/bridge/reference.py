@@ -52,10 +52,10 @@ def bridge_mse_ref(
 
 def bridge_mse_grouped_ref(
     xs: Sequence[torch.Tensor],
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
+    w1: torch.Tensor | Sequence[torch.Tensor],
+    b1: torch.Tensor | Sequence[torch.Tensor],
+    w2: torch.Tensor | Sequence[torch.Tensor],
+    b2: torch.Tensor | Sequence[torch.Tensor],
     target: torch.Tensor | Sequence[torch.Tensor],
     *,
     mask: torch.Tensor | None = None,
@@ -67,8 +67,7 @@ def bridge_mse_grouped_ref(
     targets = [target] if isinstance(target, torch.Tensor) else list(target)
     share = len(xs) // len(targets)
     losses = []
-    # unbind, not indexing: its backward stacks once, that of an index fills a whole stack with zeros each time.
-    for i, weights in enumerate(zip(w1.unbind(), b1.unbind(), w2.unbind(), b2.unbind(), strict=True)):
+    for i, weights in enumerate(zip(_bridges(w1), _bridges(b1), _bridges(w2), _bridges(b2), strict=True)):
         losses.append(
             bridge_mse_ref(
                 xs[i],
@@ -81,6 +80,13 @@ def bridge_mse_grouped_ref(
             )
         )
     return torch.stack(losses)
+
+
+def _bridges(stacks: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """One weight of each bridge."""
+    stacks = [stacks] if isinstance(stacks, torch.Tensor) else stacks
+    # unbind, not indexing: its backward stacks once, that of an index fills a whole stack with zeros each time.
+    return [weight for stack in stacks for weight in stack.unbind()]
 
 
 def _rows(target: torch.Tensor) -> torch.Tensor:

@@ -173,6 +173,23 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"expected w1 of shape .* = \(1, 'hidden', 5\), got \(2, 7, 5\)"):
             bridge_mse_grouped([x], *stacks, target)
 
+    def test_is_named_in_stacks(self):
+        x, *weights, target = make(dtype=torch.float32)
+        stacks = [[value[None], value[None]] for value in weights]
+        xs, targets = [x, x], [target, target]
+        assert bridge_mse_grouped(xs, *stacks, targets).shape == (2,)
+        w1, b1, w2, b2 = stacks
+        with pytest.raises(TypeError, match="expected b1 to be stacks like w1, got Tensor"):
+            bridge_mse_grouped(xs, w1, b1[0], w2, b2, targets)
+        with pytest.raises(TypeError, match="expected b2 to be a tensor, got list"):
+            bridge_mse_grouped(xs, *(torch.cat(stack) for stack in stacks[:3]), b2, targets)
+        with pytest.raises(ValueError, match="expected w2 of as many stacks as there are targets, 2, got 1"):
+            bridge_mse_grouped(xs, w1, b1, w2[:1], b2, targets)
+        with pytest.raises(ValueError, match=r"expected w1\[1\] of shape \(bridges_of_a_target, .* = \(1, 7, 5\), got"):
+            bridge_mse_grouped(xs, [w1[0], torch.cat(w1)], b1, w2, b2, targets)
+        with pytest.raises(ValueError, match=r"expected b1\[1\] of dtype torch.float32 like w1, got torch.bfloat16"):
+            bridge_mse_grouped(xs, w1, [b1[0], b1[1].bfloat16()], w2, b2, targets)
+
 
 NAMES = ("loss", "x", "w1", "b1", "w2", "b2")
 SHAPES = [
@@ -293,8 +310,9 @@ class TestKernels:
         assert not bridge_mse(*inputs, target, token_index=index, backend="triton").isnan()
         assert bridge_mse(*inputs, target, token_index=index + 1, backend="triton").isnan()
 
+    @pytest.mark.parametrize("stacked", [True, False], ids=["one stack", "a stack for each target"])
     @pytest.mark.parametrize("hidden", [12, 4], ids=["wider than x", "narrower than x"])
-    def test_a_group_is_its_bridges(self, hidden, device):
+    def test_a_group_is_its_bridges(self, hidden, stacked, device):
         sizes = {"length": 35, "hidden": hidden, "width": 12}
         cases = [whole(seed, device=device, **sizes) for seed in range(4)]
         stacks = [torch.stack([case[i] for case in cases]).requires_grad_() for i in range(1, 5)]
@@ -307,7 +325,8 @@ class TestKernels:
         incoming = torch.tensor([1.0, 2.0, 3.0, 4.0], device=device)
         results = []
         for backend in ("triton", "reference"):
-            losses = bridge_mse_grouped(xs, *stacks, targets, backend=backend, **options)
+            weights = stacks if stacked else [stack.split(2) for stack in stacks]
+            losses = bridge_mse_grouped(xs, *weights, targets, backend=backend, **options)
             results.append((losses, *torch.autograd.grad(losses, [*xs, *stacks], incoming)))
         for got, want in zip(*results, strict=True):
             torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
@@ -357,6 +376,21 @@ class TestKernels:
         got = run(compiled, inputs, target, mask=mask, backend="triton")
         assert_close(got, run(bridge_mse_ref, inputs, target, mask=mask))
 
+    def test_stacks_compile_as_one_graph(self, device, monkeypatch):
+        monkeypatch.setattr("cab_kernels.bridge.op.choose_backend", lambda *_: "triton")
+        cases = [whole(seed, device=device) for seed in range(2)]
+        inputs = [case[i].unsqueeze(0) if i else case[i] for i in range(5) for case in cases]
+
+        def losses(*inputs):
+            xs, *stacks = (inputs[i : i + 2] for i in range(0, 10, 2))
+            return bridge_mse_grouped(xs, *stacks, [case[5] for case in cases], backend="triton").sum()
+
+        got = run(torch.compile(losses, fullgraph=True, backend="aot_eager"), inputs)
+        want = [run(bridge_mse_ref, case[:5], case[5]) for case in cases]
+        torch.testing.assert_close(got[0], want[0][0] + want[1][0], rtol=2e-5, atol=2e-6)
+        for i, gradient in enumerate(got[1:]):
+            torch.testing.assert_close(gradient.view_as(want[i % 2][1 + i // 2]), want[i % 2][1 + i // 2])
+
     def test_float16_keeps_the_gradients_of_x_themselves(self, device):
         """In float32, where other dtypes keep dz and make them of it."""
         kernels = importlib.import_module(KERNELS)
@@ -383,11 +417,11 @@ class TestKernels:
         kernels = importlib.import_module(KERNELS)
         x, w1, b1, w2, b2, target = whole(device=device)
         x = x.transpose(1, 2).contiguous().transpose(1, 2) if channels_first else x
-        weights = [value.unsqueeze(0) for value in (w1, b1, w2, b2)]
+        weights = [[value.unsqueeze(0)] for value in (w1, b1, w2, b2)]
         arguments = ([x], *weights, [target], None, None, None, None, torch.float32, 31)
         torch.library.opcheck(torch.ops.cab_kernels.bridge_mse.default, arguments)
         loss, *saved = kernels._forward(*arguments)
-        sizes = (weights[0], 6, torch.float32, torch.float32)
+        sizes = (w1.unsqueeze(0), 6, torch.float32, torch.float32)
         torch.library.opcheck(torch.ops.cab_kernels.bridge_mse_backward.default, (loss, *saved, *sizes, 31))
 
 
@@ -566,6 +600,7 @@ def spec(module, kernel, constexprs, **options):
     names = importlib.import_module(module).__dict__[kernel].arg_names
     types = {f"{name}_ptr": kind for kind, group in TYPES.items() for name in group.split()}
     signature = {name: types.get(name, "i32") for name in names} | {"xs": ["*bf16"] * 4, "targets": ["*bf16"] * 2}
+    signature |= {name: ["*fp32"] * 2 for name in ("w1s", "b1s", "w2s", "b2s") if name in names}
     options = {"num_warps": 4, "num_stages": 3} | options
     return {
         "module": module, "kernel": kernel, "signature": signature, "constexprs": constexprs, "options": options,
