@@ -19,7 +19,8 @@ programs of bridges that share a target are neighbours, so the target is read fr
 
 The outer kernel fetches the next block's x and target while this one's are worked on. Where w2 is small enough
 (``COLUMN_BLOCKS``), the inner kernel keeps it in shared memory for all of its tokens, which leaves room for one block
-of the target; else it reads w2 again for each block of tokens.
+of the target; else it reads w2, rounded before, again for each block of tokens, and fetches the next two blocks of w2
+and of the target ahead.
 
 Tokens are numbered through the batch. r and dz are rounded to x's dtype only as operands of a product; db1 and db2
 are products with ones, which cost fewer registers than sums over rows. So do b1 and b2 as products, and because these
@@ -52,7 +53,9 @@ from cab_kernels.bridge.matching_kernels import (
 
 
 class Tiling(NamedTuple):
-    """Tokens a block, warps a program, and stages of its loop: with three, the next block is fetched ahead."""
+    """Tokens a block, warps a program, and stages of its loop, over w2 where that is streamed: with three, what comes
+    next is fetched ahead.
+    """
 
     tokens: int
     warps: int
@@ -60,7 +63,10 @@ class Tiling(NamedTuple):
 
 
 # Four warps: two programs fit on a multiprocessor, and one multiplies while the other waits or does all else.
-RESIDENT, STREAMED = Tiling(64, 4, 2), Tiling(128, 8, 1)
+RESIDENT = Tiling(64, 4, 2)
+# 96 bridges of 16-128-384, and of 16-128-768, both kernels, on an H200, Triton 3.6: 3.90 and 6.98 ms; with one stage
+# 4.44 and 8.12, which float32 w2 makes 4.51 and 8.29; 64 tokens, four warps and three stages 4.10 and 7.17.
+STREAMED = Tiling(128, 8, 3)
 # Eight warps could hold w2's whole gradient, for 1.6 times fewer instructions a token: 2.88 ms against 2.76, of 96
 # bridges of 16-128-192 on an H100, for with so many registers a multiprocessor has room for one program.
 OUTER = Tiling(64, 4, 3)
@@ -174,7 +180,7 @@ def _bridge_inner_kernel(
     db1 = tl.zeros((BLOCK_HIDDEN, 16), tl.float32)
     squares = tl.zeros((BLOCK_TOKENS,), tl.float32)
     count = tl.zeros((BLOCK_TOKENS,), tl.int32)
-    for tile in tl.range(split, tl.cdiv(tokens, BLOCK_TOKENS), splits, num_stages=STAGES):
+    for tile in tl.range(split, tl.cdiv(tokens, BLOCK_TOKENS), splits, num_stages=STAGES if COLUMN_BLOCKS else 1):
         offs = tile * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
         batch, token, source, counted, penalty = match_tokens(
             offs, bridge, tokens, length, target_length, mask_ptr, index_ptr, stride_mask_bridge, stride_index_bridge,
@@ -205,7 +211,7 @@ def _bridge_inner_kernel(
                 squares += tl.sum(residual * residual, 1)
                 dh = tl.dot(residual.to(compute), w2_blocks[j], dh)
         else:
-            for first in range(0, width, BLOCK_WIDTH):
+            for first in tl.range(0, width, BLOCK_WIDTH, num_stages=STAGES):
                 cols = first + tl.arange(0, BLOCK_WIDTH)
                 w2 = _load_w2(w2_rows, cols, offs_hidden, width, hidden_size, compute)
                 b2 = _load_bias(b2_row, cols, width, 1.0, compute)
@@ -347,8 +353,9 @@ def bridge_mse_fused(call: Call, dx: torch.Tensor | None, needs_w1: bool, needs_
     # Statistics and heads apart take registers of their own, and so does dw1 of a larger state.
     plain = block_state == 16 and not where["HAS_HEADS"] and not where["HAS_STATISTICS"]
     resident = pipelined and plain and columns <= MAX_RESIDENT
-    inner = RESIDENT if resident else STREAMED
-    outer = OUTER if pipelined else OUTER._replace(stages=1)
+    inner, outer = RESIDENT if resident else STREAMED, OUTER
+    if not pipelined:
+        inner, outer = inner._replace(stages=1), outer._replace(stages=1)
     size1, size2 = gradient_sizes(call)
     splits1, splits2 = (
         choose_splits(programs, cdiv(call.tokens, tiling.tokens), places(x.device, tiling.warps), most)
@@ -368,7 +375,6 @@ def bridge_mse_fused(call: Call, dx: torch.Tensor | None, needs_w1: bool, needs_
         "targets": tuple(call.targets),
         "w1s": tuple(call.w1),
         "b1s": tuple(call.b1),
-        "w2s": tuple(call.w2),
         "b2s": tuple(call.b2),
         "d_state": d_state,
         "hidden_size": hidden,
@@ -396,6 +402,7 @@ def bridge_mse_fused(call: Call, dx: torch.Tensor | None, needs_w1: bool, needs_
         stride_dx_state=stride_dx[3],
         NEEDS_X=dx is not None,
         NEEDS_W1=needs_w1,
+        w2s=tuple(call.w2) if resident else tuple(stack.to(x.dtype) for stack in call.w2),
         COLUMN_BLOCKS=columns if resident else 0,
         STAGES=inner.stages,
         BLOCK_TOKENS=inner.tokens,
@@ -404,6 +411,7 @@ def bridge_mse_fused(call: Call, dx: torch.Tensor | None, needs_w1: bool, needs_
     )
     if needs_w2:
         _bridge_outer_kernel[(bridges * splits2, columns)](
+            w2s=tuple(call.w2),
             partials_ptr=partials.outer,
             partial_size=size2,
             STAGES=outer.stages,

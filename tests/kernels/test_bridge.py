@@ -626,21 +626,27 @@ def test_fused_kernels_compile_for_gpus_that_are_not_here(compile_offline):
     # As a Hopper GPU runs them, with the next block fetched ahead.
     hopper = [
         spec(FUSED, "_bridge_inner_kernel", nothing | resident | gradients | {"STAGES": 2}, num_warps=4, num_stages=1),
+        spec(FUSED, "_bridge_inner_kernel", FLAGS | streamed | gradients | {"STAGES": 3}, **tiles),
         spec(FUSED, "_bridge_outer_kernel", nothing | outer | {"STAGES": 3}, num_warps=4, num_stages=1),
     ]
-    assert compile_offline([kernel | {"capabilities": [90]} for kernel in hopper]).count("sm_90") == 2
+    assert compile_offline([kernel | {"capabilities": [90]} for kernel in hopper]).count("sm_90") == 3
 
 
-def test_the_outer_kernel_fetches_ahead_what_an_index_points_to(compile_offline):
+@pytest.mark.parametrize("kernel", ["_bridge_outer_kernel", "_bridge_inner_kernel"])
+def test_what_comes_next_is_fetched_ahead(kernel, compile_offline):
+    """Even what an index points to: x and the target of the next tokens, or the next blocks of w2 and of the target."""
+    tiling = importlib.import_module(FUSED).OUTER if "outer" in kernel else importlib.import_module(FUSED).STREAMED
     constexprs = {"mask_ptr": None, "mean_ptr": None, "rstd_ptr": None} | dict.fromkeys(FLAGS, False) | BLOCKS
-    constexprs |= {"HAS_INDEX": True, "BLOCK_TOKENS": 64, "STAGES": importlib.import_module(FUSED).OUTER.stages}
-    outer = spec(
-        FUSED, "_bridge_outer_kernel", constexprs | {"stride_x_state": 1, "stride_target_dim": 1}, num_stages=1
-    )
-    aligned = [name for name in outer["signature"] if name not in constexprs and name != "length"]
-    log = compile_offline([outer | {"capabilities": [90], "aligned": aligned}])
+    constexprs |= {"HAS_INDEX": True, "BLOCK_TOKENS": tiling.tokens, "STAGES": tiling.stages}
+    constexprs |= {"stride_x_state": 1, "stride_target_dim": 1}
+    if "inner" in kernel:
+        constexprs |= {"COLUMN_BLOCKS": 0, "NEEDS_X": True, "NEEDS_W1": True}
+    ahead = spec(FUSED, kernel, constexprs, num_warps=tiling.warps, num_stages=1)
+    ahead["signature"]["w2s"] = ["*bf16"] * 2
+    aligned = [name for name in ahead["signature"] if name not in constexprs and name != "length"]
+    log = compile_offline([ahead | {"capabilities": [90], "aligned": aligned}])
     waits = [int(count) for count in log.rpartition("waits ")[2].split()]
-    assert max(waits) >= 2, waits  # x and the target of the block after this one
+    assert max(waits) >= 2, waits
 
 
 def test_other_kernels_compile_for_gpus_that_are_not_here(compile_offline):
