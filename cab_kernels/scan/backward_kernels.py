@@ -454,6 +454,7 @@ def _sum_rows_kernel(
     dB_ptr,
     dC_ptr,
     cu_seqlens_ptr,
+    sequences,
     length,
     total_rows,
     dstate,
@@ -478,9 +479,9 @@ def _sum_rows_kernel(
     Of its ``blocks``, those from first_block to end_block, which share drows_ptr and have the groups of the grid; if
     the blocks of a group take turns, sums_ptr, (groups, rows, 2 N), carries the sum from one slice of them to the next.
     """
-    steps = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    sequence = tl.program_id(0).to(tl.int64)
-    group = (first_block // blocks + tl.program_id(2)).to(tl.int64)
+    steps = tl.program_id(0) // sequences * BLOCK + tl.arange(0, BLOCK)
+    sequence = (tl.program_id(0) % sequences).to(tl.int64)
+    group = (first_block // blocks + tl.program_id(1)).to(tl.int64)
     first = sequence * length
     count = length
     batch = sequence

@@ -387,6 +387,7 @@ def _pack_kernel(
     C_ptr,
     rows_ptr,
     cu_seqlens_ptr,
+    sequences,
     length,
     total_rows,
     dstate,
@@ -405,9 +406,9 @@ def _pack_kernel(
 
     Each comes in ORDERS orders: in the q-th, state n stands at ``n ^ q``.
     """
-    steps = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    sequence = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(2).to(tl.int64)
+    steps = tl.program_id(0) // sequences * BLOCK + tl.arange(0, BLOCK)
+    sequence = (tl.program_id(0) % sequences).to(tl.int64)
+    group = tl.program_id(1).to(tl.int64)
     first = sequence * length
     count = length
     batch = sequence
@@ -417,7 +418,7 @@ def _pack_kernel(
         count = tl.load(cu_seqlens_ptr + sequence + 1) - first.to(tl.int32)
         batch = sequence * 0
         time = first
-    groups = tl.num_programs(2)
+    groups = tl.num_programs(1)
     second, _ = direction_of(group, groups, 0, BOTH, False)
     time = (time + tl.where(second != REVERSE, count - 1 - steps, steps)).to(tl.int64)
     of_direction = group - tl.where(second, groups // 2, 0)

@@ -208,7 +208,7 @@ def _sum_rows(call: Call, drows, sums, dB, dC, blocks: int, slice_: range) -> No
     groups = triton.cdiv(slice_.stop, blocks) - slice_.start // blocks
     while block > 4 and call.sequences * groups * triton.cdiv(call.length, block) < FEW_SUMS:
         block //= 2
-    _sum_rows_kernel[(call.sequences, triton.cdiv(call.length, block), groups)](
+    _sum_rows_kernel[(call.sequences * triton.cdiv(call.length, block), groups)](
         drows_ptr=drows,
         sums_ptr=sums,
         dB_ptr=pointer_of(dB),

@@ -185,6 +185,7 @@ class Call:
         """What a kernel that owns steps of a sequence and group must know of rows of B and C, and where those are."""
         return {
             "cu_seqlens_ptr": self.cu_seqlens,
+            "sequences": self.sequences,
             "length": self.length,
             "total_rows": self.total_rows,
             "dstate": self.dstate,
@@ -203,7 +204,7 @@ class Call:
         if B is None and C is None:
             return
         block = max(16, min(64, 2048 // self.N))
-        _pack_kernel[(self.sequences, triton.cdiv(self.length + PAD, block), self.groups)](
+        _pack_kernel[(self.sequences * triton.cdiv(self.length + PAD, block), self.groups)](
             B_ptr=pointer_of(B),
             C_ptr=pointer_of(C),
             rows_ptr=self.rows,
@@ -219,7 +220,7 @@ class Call:
     def chain(self, parts, decays, start, backward: bool, channels: tuple[int, int], size: int) -> None:
         """Turn what each span of ``size`` steps adds to the states into what it starts from."""
         block = 64
-        _chain_kernel[(triton.cdiv((channels[1] - channels[0]) * self.N, block), self.sequences)](
+        _chain_kernel[(self.sequences, triton.cdiv((channels[1] - channels[0]) * self.N, block))](
             parts_ptr=parts,
             decays_ptr=decays,
             start_ptr=start,

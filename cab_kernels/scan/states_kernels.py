@@ -226,8 +226,8 @@ def _chain_kernel(
 
     The state that a span ends with is ``decay * start + part``; BACKWARD, spans are met from the last to the first.
     """
-    offs = first_channel * N + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    sequence = tl.program_id(1).to(tl.int64)
+    offs = first_channel * N + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sequence = tl.program_id(0).to(tl.int64)
     first = sequence * length
     count = length
     if cu_seqlens_ptr is not None:

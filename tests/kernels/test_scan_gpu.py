@@ -113,6 +113,21 @@ def test_more_programs_than_a_short_grid_axis_has():
     assert all(tensor.grad.isfinite().all() for tensor in inputs.values())
 
 
+def test_more_blocks_of_steps_than_a_short_grid_axis_has():
+    """With states that forget within a hundred steps, the end of a scan is the scan of its end."""
+    length, end, compared = 2**16 * 64 + 100, 300, 100
+    inputs = make_inputs(1, 8, length, 16, dtype=FLOAT, device="cuda")
+    inputs["A"].data.fill_(-4.0)
+    tail = {name: t.detach()[..., -end:].clone() if t.dim() == 3 else t for name, t in inputs.items()}
+    tail["B"].requires_grad_()
+    out, want = (selective_scan_fn(**values, delta_softplus=True)[..., -compared:] for values in (inputs, tail))
+    torch.testing.assert_close(out, want)
+    out.sum().backward()
+    want.sum().backward()
+    torch.testing.assert_close(inputs["B"].grad[..., -compared:], tail["B"].grad[..., -compared:])
+    assert inputs["B"].grad.isfinite().all()
+
+
 def test_new_lengths_do_not_compile_anew(monkeypatch):
     compiled = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **kwargs: compiled.append(kwargs))
