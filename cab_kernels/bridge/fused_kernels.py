@@ -17,10 +17,8 @@ A program takes every ``splits``-th block of tokens of one bridge and keeps its 
 to a slice of its own of the kernel's ``partials`` (bridges, splits, numbers), which are summed in a fixed order. The
 programs of bridges that share a target are neighbours, so the target is read from memory once.
 
-The outer kernel fetches the next block's x and target while this one's are worked on. Where w2 is small enough
-(``COLUMN_BLOCKS``), the inner kernel keeps it in shared memory for all of its tokens, which leaves room for one block
-of the target; else it reads w2, rounded before, again for each block of tokens, and fetches the next two blocks of w2
-and of the target ahead.
+Both fetch ahead: the outer kernel the next block's x and target, the inner one, which reads w2 again for each block of
+tokens, the next two blocks of w2 and of the target. That is why w2 is rounded before.
 
 Tokens are numbered through the batch. r and dz are rounded to x's dtype only as operands of a product; db1 and db2
 are products with ones, which cost fewer registers than sums over rows. So do b1 and b2 as products, and because these
@@ -53,25 +51,22 @@ from cab_kernels.bridge.matching_kernels import (
 
 
 class Tiling(NamedTuple):
-    """Tokens a block, warps a program, and stages of its loop, over w2 where that is streamed: with three, what comes
-    next is fetched ahead.
-    """
+    """Tokens a block, warps a program, and stages of its loop: with three, what comes next is fetched ahead."""
 
     tokens: int
     warps: int
     stages: int
 
 
-# Four warps: two programs fit on a multiprocessor, and one multiplies while the other waits or does all else.
-RESIDENT = Tiling(64, 4, 2)
-# 96 bridges of 16-128-384, and of 16-128-768, both kernels, on an H200, Triton 3.6: 3.90 and 6.98 ms; with one stage
-# 4.44 and 8.12, which float32 w2 makes 4.51 and 8.29; 64 tokens, four warps and three stages 4.10 and 7.17.
-STREAMED = Tiling(128, 8, 3)
-# Eight warps could hold w2's whole gradient, for 1.6 times fewer instructions a token: 2.88 ms against 2.76, of 96
-# bridges of 16-128-192 on an H100, for with so many registers a multiprocessor has room for one program.
+# 96 bridges of 16-128-192, 16-128-384 and 16-128-768, both kernels, on an H200, Triton 3.6: 2.41, 3.90 and 6.98 ms;
+# with one stage -, 4.44 and 8.12, which a w2 in float32 makes 4.51 and 8.29; 64 tokens, four warps and three stages -,
+# 4.10 and 7.17. The same tiling with w2 in shared memory for all tokens: 2.41, and 1.87 against 1.95 for 16-128-128.
+INNER = Tiling(128, 8, 3)
+# Four warps: two programs fit on a multiprocessor, and one multiplies while the other waits or does all else. Eight
+# could hold w2's whole gradient, for 1.6 times fewer instructions a token: 2.88 ms against 2.76, of 96 bridges of
+# 16-128-192 on an H100, for with so many registers a multiprocessor has room for one program.
 OUTER = Tiling(64, 4, 3)
 BLOCK_WIDTH = 64
-MAX_RESIDENT = 3  # blocks of w2
 PARTIAL_BYTES = 64 * 2**20
 MAX_HIDDEN = 128  # 256 spills a kilobyte of registers per thread
 MAX_WEIGHT = 16384  # BLOCK_STATE * BLOCK_HIDDEN: beyond it, dw1 does not fit into registers
@@ -94,9 +89,9 @@ def _present(counted, BLOCK_TOKENS: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _load_w2(w2_ptr, cols, offs_hidden, width, hidden_size, dtype: tl.constexpr):
+def _load_w2(w2_ptr, cols, offs_hidden, width, hidden_size):
     mask = (cols < width)[:, None] & (offs_hidden < hidden_size)[None, :]
-    return tl.load(w2_ptr + cols[:, None] * hidden_size + offs_hidden[None, :], mask=mask, other=0.0).to(dtype)
+    return tl.load(w2_ptr + cols[:, None] * hidden_size + offs_hidden[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -144,7 +139,6 @@ def _bridge_inner_kernel(
     NVIDIA_BF16: tl.constexpr,
     NEEDS_X: tl.constexpr,
     NEEDS_W1: tl.constexpr,
-    COLUMN_BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_STATE: tl.constexpr,
@@ -169,18 +163,12 @@ def _bridge_inner_kernel(
     b1 = _load_bias(pick(b1s, stack) + member * hidden_size, offs_hidden, hidden_size, 0.5, compute)
     b2_row = pick(b2s, stack) + member * width
     w2_rows = pick(w2s, stack) + member * width * hidden_size
-    w2_blocks = ()
-    b2_blocks = ()
-    for j in tl.static_range(COLUMN_BLOCKS):
-        cols = j * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-        w2_blocks = w2_blocks + (_load_w2(w2_rows, cols, offs_hidden, width, hidden_size, compute),)
-        b2_blocks = b2_blocks + (_load_bias(b2_row, cols, width, 1.0, compute),)
     ones = tl.full((BLOCK_TOKENS, 16), 1.0, compute)
     dw1 = tl.zeros((BLOCK_HIDDEN, BLOCK_STATE), tl.float32)
     db1 = tl.zeros((BLOCK_HIDDEN, 16), tl.float32)
     squares = tl.zeros((BLOCK_TOKENS,), tl.float32)
     count = tl.zeros((BLOCK_TOKENS,), tl.int32)
-    for tile in tl.range(split, tl.cdiv(tokens, BLOCK_TOKENS), splits, num_stages=STAGES if COLUMN_BLOCKS else 1):
+    for tile in range(split, tl.cdiv(tokens, BLOCK_TOKENS), splits):
         offs = tile * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
         batch, token, source, counted, penalty = match_tokens(
             offs, bridge, tokens, length, target_length, mask_ptr, index_ptr, stride_mask_bridge, stride_index_bridge,
@@ -200,28 +188,17 @@ def _bridge_inner_kernel(
         hidden = hidden.to(compute)
         target_rows = target_ptr + batch * stride_target_batch + source * stride_target_token
         dh = tl.zeros((BLOCK_TOKENS, BLOCK_HIDDEN), tl.float32)
-        if COLUMN_BLOCKS:
-            for j in tl.static_range(COLUMN_BLOCKS):
-                cols = j * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-                target = load_target(
-                    target_rows, counted, cols, mean_ptr, rstd_ptr, which * stride_mean_target, width, head_dim,
-                    stride_target_head, stride_target_dim, HAS_HEADS, HAS_STATISTICS,
-                )  # fmt: skip
-                residual = tl.dot(hidden, tl.trans(w2_blocks[j]), tl.dot(present, b2_blocks[j])) - target
-                squares += tl.sum(residual * residual, 1)
-                dh = tl.dot(residual.to(compute), w2_blocks[j], dh)
-        else:
-            for first in tl.range(0, width, BLOCK_WIDTH, num_stages=STAGES):
-                cols = first + tl.arange(0, BLOCK_WIDTH)
-                w2 = _load_w2(w2_rows, cols, offs_hidden, width, hidden_size, compute)
-                b2 = _load_bias(b2_row, cols, width, 1.0, compute)
-                target = load_target(
-                    target_rows, counted, cols, mean_ptr, rstd_ptr, which * stride_mean_target, width, head_dim,
-                    stride_target_head, stride_target_dim, HAS_HEADS, HAS_STATISTICS,
-                )  # fmt: skip
-                residual = tl.dot(hidden, tl.trans(w2), tl.dot(present, b2)) - target
-                squares += tl.sum(residual * residual, 1)
-                dh = tl.dot(residual.to(compute), w2, dh)
+        for first in tl.range(0, width, BLOCK_WIDTH, num_stages=STAGES):
+            cols = first + tl.arange(0, BLOCK_WIDTH)
+            w2 = _load_w2(w2_rows, cols, offs_hidden, width, hidden_size)
+            b2 = _load_bias(b2_row, cols, width, 1.0, compute)
+            target = load_target(
+                target_rows, counted, cols, mean_ptr, rstd_ptr, which * stride_mean_target, width, head_dim,
+                stride_target_head, stride_target_dim, HAS_HEADS, HAS_STATISTICS,
+            )  # fmt: skip
+            residual = tl.dot(hidden, tl.trans(w2), tl.dot(present, b2)) - target
+            squares += tl.sum(residual * residual, 1)
+            dh = tl.dot(residual.to(compute), w2, dh)
         if NEEDS_X or NEEDS_W1:
             dz = (dh * slope.to(tl.float32)).to(compute)
             if NEEDS_W1:
@@ -302,7 +279,7 @@ def _bridge_outer_kernel(
     w1 = (0.5 * tl.load(w1_ptr + offs_w1, mask=w1_mask, other=0.0)).to(compute)
     b1 = _load_bias(pick(b1s, stack) + member * hidden_size, offs_hidden, hidden_size, 0.5, compute)
     cols = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    w2 = _load_w2(pick(w2s, stack) + member * width * hidden_size, cols, offs_hidden, width, hidden_size, compute)
+    w2 = _load_w2(pick(w2s, stack) + member * width * hidden_size, cols, offs_hidden, width, hidden_size)
     b2 = _load_bias(pick(b2s, stack) + member * width, cols, width, 1.0, compute)
     dw2 = tl.zeros((BLOCK_WIDTH, BLOCK_HIDDEN), tl.float32)
     db2 = tl.zeros((BLOCK_WIDTH, 16), tl.float32)
@@ -347,14 +324,8 @@ def bridge_mse_fused(call: Call, dx: torch.Tensor | None, needs_w1: bool, needs_
     x = call.xs[0]
     block_state, block_hidden = weight_blocks(d_state, hidden)
     columns = cdiv(width, BLOCK_WIDTH)
-    # For Blackwell, Triton 3.6 cannot compile the prefetch; elsewhere the shared memory may not be there.
-    pipelined = is_hopper(x.device)
-    where = matching(call)
-    # Statistics and heads apart take registers of their own, and so does dw1 of a larger state.
-    plain = block_state == 16 and not where["HAS_HEADS"] and not where["HAS_STATISTICS"]
-    resident = pipelined and plain and columns <= MAX_RESIDENT
-    inner, outer = RESIDENT if resident else STREAMED, OUTER
-    if not pipelined:
+    inner, outer = INNER, OUTER
+    if not is_hopper(x.device):  # for Blackwell, Triton 3.6 cannot compile it; elsewhere the memory may not be there
         inner, outer = inner._replace(stages=1), outer._replace(stages=1)
     size1, size2 = gradient_sizes(call)
     splits1, splits2 = (
@@ -375,6 +346,7 @@ def bridge_mse_fused(call: Call, dx: torch.Tensor | None, needs_w1: bool, needs_
         "targets": tuple(call.targets),
         "w1s": tuple(call.w1),
         "b1s": tuple(call.b1),
+        "w2s": tuple(stack.to(x.dtype) for stack in call.w2),
         "b2s": tuple(call.b2),
         "d_state": d_state,
         "hidden_size": hidden,
@@ -387,7 +359,7 @@ def bridge_mse_fused(call: Call, dx: torch.Tensor | None, needs_w1: bool, needs_
         "BLOCK_WIDTH": BLOCK_WIDTH,
         "num_stages": 1,
         "enable_fp_fusion": True,
-        **where,
+        **matching(call),
     }
     stride_dx = (0, 0, 0, 0) if dx is None else dx.stride()
     _bridge_inner_kernel[(bridges * splits1,)](
@@ -402,8 +374,6 @@ def bridge_mse_fused(call: Call, dx: torch.Tensor | None, needs_w1: bool, needs_
         stride_dx_state=stride_dx[3],
         NEEDS_X=dx is not None,
         NEEDS_W1=needs_w1,
-        w2s=tuple(call.w2) if resident else tuple(stack.to(x.dtype) for stack in call.w2),
-        COLUMN_BLOCKS=columns if resident else 0,
         STAGES=inner.stages,
         BLOCK_TOKENS=inner.tokens,
         num_warps=inner.warps,
@@ -411,7 +381,6 @@ def bridge_mse_fused(call: Call, dx: torch.Tensor | None, needs_w1: bool, needs_
     )
     if needs_w2:
         _bridge_outer_kernel[(bridges * splits2, columns)](
-            w2s=tuple(call.w2),
             partials_ptr=partials.outer,
             partial_size=size2,
             STAGES=outer.stages,

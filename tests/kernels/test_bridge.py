@@ -196,8 +196,8 @@ SHAPES = [
     pytest.param({"length": 9}, id="below a block"),
     pytest.param({"length": 75, "d_state": 17, "hidden": 33, "width": 70}, id="odd, above two blocks"),
     pytest.param({"length": 64, "d_state": 16, "hidden": 64, "width": 64, "batch": 1}, id="exactly a block"),
-    pytest.param({"length": 140, "d_state": 16, "hidden": 100, "width": 150}, id="three blocks of w2 on chip"),
-    pytest.param({"length": 5, "width": 200}, id="more channels than stay in registers"),
+    pytest.param({"length": 140, "d_state": 16, "hidden": 100, "width": 150}, id="three blocks of w2"),
+    pytest.param({"length": 5, "width": 200}, id="few tokens of many channels"),
     pytest.param({"length": 140, "d_state": 20, "hidden": 132, "width": 260}, id="several tiles of products, cut off"),
     pytest.param({"length": 150, "d_state": 36, "hidden": 12, "width": 8}, id="hidden narrower than x, in whole units"),
     pytest.param({"length": 150, "d_state": 20, "hidden": 12, "width": 9}, id="hidden narrower than x"),
@@ -600,7 +600,8 @@ def spec(module, kernel, constexprs, **options):
     names = importlib.import_module(module).__dict__[kernel].arg_names
     types = {f"{name}_ptr": kind for kind, group in TYPES.items() for name in group.split()}
     signature = {name: types.get(name, "i32") for name in names} | {"xs": ["*bf16"] * 4, "targets": ["*bf16"] * 2}
-    signature |= {name: ["*fp32"] * 2 for name in ("w1s", "b1s", "w2s", "b2s") if name in names}
+    weights = {"w1s": "*fp32", "b1s": "*fp32", "w2s": "*bf16", "b2s": "*fp32"}
+    signature |= {name: [kind] * 2 for name, kind in weights.items() if name in names}
     options = {"num_warps": 4, "num_stages": 3} | options
     return {
         "module": module, "kernel": kernel, "signature": signature, "constexprs": constexprs, "options": options,
@@ -610,39 +611,34 @@ def spec(module, kernel, constexprs, **options):
 def test_fused_kernels_compile_for_gpus_that_are_not_here(compile_offline):
     tiles = {"num_warps": 8, "num_stages": 1}
     nothing = {"mask_ptr": None, "index_ptr": None, "mean_ptr": None, "rstd_ptr": None} | dict.fromkeys(FLAGS, False)
-    gradients = {"NEEDS_X": True, "NEEDS_W1": True}
-    streamed = BLOCKS | {"STAGES": 1, "COLUMN_BLOCKS": 0}
-    resident = BLOCKS | {"STAGES": 1, "COLUMN_BLOCKS": 3, "BLOCK_TOKENS": 64}
+    gradients, nobody = {"NEEDS_X": True, "NEEDS_W1": True}, {"NEEDS_X": False, "NEEDS_W1": False}
     outer = BLOCKS | {"STAGES": 1, "BLOCK_TOKENS": 64}
     log = compile_offline(
         [
-            spec(FUSED, "_bridge_inner_kernel", FLAGS | streamed | gradients, **tiles),
-            spec(FUSED, "_bridge_inner_kernel", nothing | streamed | dict.fromkeys(gradients, False), **tiles),
-            spec(FUSED, "_bridge_inner_kernel", nothing | resident | gradients, num_warps=4, num_stages=1),
+            spec(FUSED, "_bridge_inner_kernel", FLAGS | BLOCKS | gradients | {"STAGES": 1}, **tiles),
+            spec(FUSED, "_bridge_inner_kernel", nothing | BLOCKS | nobody | {"STAGES": 1}, **tiles),
             spec(FUSED, "_bridge_outer_kernel", FLAGS | outer, num_warps=4, num_stages=1),
         ]
     )
-    assert log.count("sm_90") == 4
-    # As a Hopper GPU runs them, with the next block fetched ahead.
+    assert log.count("sm_90") == 3
+    # As a Hopper GPU runs them, with the next blocks fetched ahead.
     hopper = [
-        spec(FUSED, "_bridge_inner_kernel", nothing | resident | gradients | {"STAGES": 2}, num_warps=4, num_stages=1),
-        spec(FUSED, "_bridge_inner_kernel", FLAGS | streamed | gradients | {"STAGES": 3}, **tiles),
+        spec(FUSED, "_bridge_inner_kernel", FLAGS | BLOCKS | gradients | {"STAGES": 3}, **tiles),
         spec(FUSED, "_bridge_outer_kernel", nothing | outer | {"STAGES": 3}, num_warps=4, num_stages=1),
     ]
-    assert compile_offline([kernel | {"capabilities": [90]} for kernel in hopper]).count("sm_90") == 3
+    assert compile_offline([kernel | {"capabilities": [90]} for kernel in hopper]).count("sm_90") == 2
 
 
 @pytest.mark.parametrize("kernel", ["_bridge_outer_kernel", "_bridge_inner_kernel"])
 def test_what_comes_next_is_fetched_ahead(kernel, compile_offline):
     """Even what an index points to: x and the target of the next tokens, or the next blocks of w2 and of the target."""
-    tiling = importlib.import_module(FUSED).OUTER if "outer" in kernel else importlib.import_module(FUSED).STREAMED
+    tiling = importlib.import_module(FUSED).OUTER if "outer" in kernel else importlib.import_module(FUSED).INNER
     constexprs = {"mask_ptr": None, "mean_ptr": None, "rstd_ptr": None} | dict.fromkeys(FLAGS, False) | BLOCKS
     constexprs |= {"HAS_INDEX": True, "BLOCK_TOKENS": tiling.tokens, "STAGES": tiling.stages}
     constexprs |= {"stride_x_state": 1, "stride_target_dim": 1}
     if "inner" in kernel:
-        constexprs |= {"COLUMN_BLOCKS": 0, "NEEDS_X": True, "NEEDS_W1": True}
+        constexprs |= {"NEEDS_X": True, "NEEDS_W1": True}
     ahead = spec(FUSED, kernel, constexprs, num_warps=tiling.warps, num_stages=1)
-    ahead["signature"]["w2s"] = ["*bf16"] * 2
     aligned = [name for name in ahead["signature"] if name not in constexprs and name != "length"]
     log = compile_offline([ahead | {"capabilities": [90], "aligned": aligned}])
     waits = [int(count) for count in log.rpartition("waits ")[2].split()]
