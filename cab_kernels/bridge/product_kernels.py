@@ -139,7 +139,7 @@ def _product_residual_kernel(
     columns = tl.cdiv(width, BLOCK_COLUMNS)
     tile = tl.program_id(0)
     row, column = tile // columns * BLOCK_ROWS, tile % columns * BLOCK_COLUMNS
-    part = (first_token + row) // BLOCK_ROWS
+    part = ((first_token + row) // BLOCK_ROWS).to(tl.int64)
     y = _product(h, w2, row, column, hidden_size, False, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, STAGES)
     if IS_MATRIX:
         wanted = _quarters(target.load([row, column]))
@@ -189,7 +189,7 @@ def _product_slope_kernel(
     """dz = (r w2) slope, with its sums over a block's tokens, into the bridge's parts."""
     columns = tl.cdiv(hidden_size, BLOCK_COLUMNS)
     row, column = tl.program_id(0) // columns * BLOCK_ROWS, tl.program_id(0) % columns * BLOCK_COLUMNS
-    part = (first_token + row) // BLOCK_ROWS
+    part = ((first_token + row) // BLOCK_ROWS).to(tl.int64)
     dh = _product(r, w2, row, column, width, True, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, STAGES)
     slopes = _quarters(slope.load([row, column]))
     for j in tl.static_range(4):
@@ -275,7 +275,7 @@ def is_described(matrix: torch.Tensor) -> bool:
     """Whether TMA takes a matrix as it lies: whole units from row to row, and no row twice."""
     (rows, columns), (stride, unit) = matrix.shape, matrix.stride()
     aligned = not (stride * matrix.element_size() % ALIGNMENT or matrix.data_ptr() % ALIGNMENT)
-    return matrix.dtype in (*DTYPES, torch.float32) and aligned and unit == 1 and stride >= columns and rows > 0
+    return aligned and unit == 1 and stride >= columns and rows > 0
 
 
 def _as_described(weights: torch.Tensor) -> torch.Tensor:
@@ -295,11 +295,14 @@ def _slopes(z: torch.Tensor) -> torch.Tensor:
 
 
 def _target_as_matrix(target: torch.Tensor) -> torch.Tensor | None:
-    """A target, (batch, length, width) or head by head, as (tokens, width), if TMA can read it so."""
+    """A target, (batch, length, width) or head by head, as (tokens, width), if TMA can read it so.
+
+    Of 32 bits, a block would take too many registers.
+    """
     if target.dim() == 4:
         target = target.transpose(1, 2).flatten(2)
     batch, length, width = target.shape
     if target.stride(2) != 1 or (batch > 1 and target.stride(0) != length * target.stride(1)):
         return None
     matrix = target.as_strided((batch * length, width), (target.stride(1), 1))
-    return matrix if is_described(matrix) else None
+    return matrix if target.dtype in DTYPES and is_described(matrix) else None
