@@ -10,6 +10,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sweep", action="store_true", help="also every shape of the recorded sweep, not the table alone")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # In tests a warning is an error; here it may be the compiler's, about what it is compared with.
+    config.addinivalue_line("filterwarnings", "default")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     if hasattr(config.option, "numprocesses"):
