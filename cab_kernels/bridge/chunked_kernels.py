@@ -10,13 +10,14 @@ dtype. For each step, and then once for the chunk:
 The first two lines are a product of cuBLAS and a pass over it each (``passes_kernels``), or one kernel each
 (``product_kernels``); what stands in Z is theirs. All else is cuBLAS.
 
-A step is small, so that what one launch leaves is still in the L2 cache when the next one reads it; a chunk is large,
-because each one reads and writes the float32 weight gradients, which accumulate through all chunks; where dZ is kept
-and x is a matrix, dw1 needs no chunks.
+A step is small where passes follow the products, so that what one launch leaves is still in the L2 cache when the next
+one reads it, and else a chunk; a chunk is large, because each one reads and writes the float32 weight gradients, which
+accumulate through all chunks; where dZ is kept and x is a matrix, dw1 needs no chunks.
 
 Where dZ is no wider than dX, it is kept in dX's stead in bfloat16, and backward makes dX by a product with the scaled
-w1: that saves a pass over dX, and a rounding. float16 could not hold a w1 that is scaled so. float32 saves the memory
-instead: backward scales dX where it lies, Z lies where dX will, and dZ where H did, dw2 being made before it.
+w1: that saves a pass over dX, and a rounding. float16 could not hold a w1 that is scaled so. Else backward scales dX
+where it lies, and to save memory Z lies where dX will, and where a chunk is one step dZ where H did, dw2 being made
+before it.
 
 Small bridges go several at a time through batched products; cuBLAS gives each matrix of a batch few multiprocessors, so
 the tokens of their weight gradients are split as well. As in the fused kernels, gradients are those of ``squares / 2``,
@@ -99,11 +100,14 @@ def bridge_mse_chunked(
     walks_back, small = needs_w1 or kept is not None, is_small(hidden, d_state, width)
     deferred = kept is not None and is_deferred(hidden, d_state, x.dtype)
     z_in_kept = kept is not None and not deferred and not small and hidden <= d_state
-    dz_in_h = not deferred and is_one_step(x.dtype, small)
     group = min(bridges, BATCHED_BRIDGES) if small else 1
     layer = Products if not small and takes_products(call) else Passes
+    one_step = small or layer is Products or x.dtype in ONE_STEP_DTYPES
+    dz_in_h = not deferred and one_step
     dz_size = hidden if walks_back and not deferred and not dz_in_h else 0
-    buffers_size = hidden + width + dz_size + (hidden if small else 0)
+    z_size = 0 if z_in_kept else hidden
+    # Z counts but where dZ is kept, which leaves room for it.
+    buffers_size = hidden + width + dz_size + (z_size if small or not deferred else 0)
     chunk, step = choose_chunk(
         tokens,
         group * buffers_size * x.element_size(),
@@ -111,6 +115,7 @@ def bridge_mse_chunked(
         x.dtype,
         processors(x.device),
         small,
+        one_step,
         layer.ROWS,
     )
     parts = cdiv(tokens, layer.ROWS)
@@ -120,7 +125,7 @@ def bridge_mse_chunked(
     db2 = x.new_empty((bridges, parts, width), dtype=torch.float32)
     sums = Partials(squares, counts, db1, db2)
     sizes = (hidden, width, dz_size)
-    z_buffer = x.new_empty(0 if z_in_kept else group * step * hidden)
+    z_buffer = x.new_empty(group * step * z_size)
     buffers = [x.new_empty(group * chunk * size) for size in sizes]
     for first in range(0, bridges, group):
         part = slice(first, min(first + group, bridges))
@@ -184,14 +189,16 @@ def is_deferred(hidden: int, d_state: int, compute: torch.dtype) -> bool:
     return hidden <= d_state and compute in DEFERRED_DTYPES
 
 
-def is_one_step(compute: torch.dtype, small: bool) -> bool:
-    """Whether a chunk is one step."""
-    return small or compute in ONE_STEP_DTYPES
-
-
 @functools.lru_cache
 def choose_chunk(
-    tokens: int, token_bytes: int, channels: int, compute: torch.dtype, processors: int, small: bool, rows: int
+    tokens: int,
+    token_bytes: int,
+    channels: int,
+    compute: torch.dtype,
+    processors: int,
+    small: bool,
+    one_step: bool,
+    rows: int,
 ) -> tuple[int, int]:
     """Tokens per chunk and per step: steps whose products' tiles take the fewest rounds on the GPU, as few as may be.
 
@@ -199,11 +206,11 @@ def choose_chunk(
         token_bytes: of the buffers that are as long as a chunk.
         channels: of the widest of them.
         small: whether so little is done at a time that launches matter most: as few chunks as may be.
+        one_step: whether a chunk is one step.
         rows: a step is a multiple of so many tokens.
     """
-    one_step = is_one_step(compute, small)
     most_chunk = min(
-        ONE_STEP_TOKENS if one_step and not small else CHUNK_TOKENS,
+        ONE_STEP_TOKENS if compute in ONE_STEP_DTYPES and not small else CHUNK_TOKENS,
         (SMALL_CHUNK_BYTES if small else CHUNK_BYTES) // token_bytes,
     )
     most = most_chunk if one_step else min(most_chunk, STEP_BYTES // (channels * compute.itemsize))

@@ -446,14 +446,18 @@ def test_splits_fill_the_gpu():
 
 
 def test_chunks_are_full_rounds_of_tiles():
-    choose = functools.partial(importlib.import_module(CHUNKED).choose_chunk, rows=64)
+    choose = functools.partial(importlib.import_module(CHUNKED).choose_chunk, processors=132, rows=64)
     half, single = torch.bfloat16, torch.float32
-    assert choose(32768, 2 * 768 * 2, 768, half, 132, False) == (16384, 16384)  # 128 * 3 tiles of 128 x 256: 3 rounds
-    assert choose(8192, 2 * 2048 * 2, 2048, half, 132, False) == (8192, 4096)
-    assert choose(25216, 4 * (3 * 128 + 192) * 4, 4 * 192, single, 132, True) == (13952, 13952)  # as few as may be
-    assert choose(32768, 2 * 768 * 4, 768, single, 132, False) == (5504, 5504)  # 43 * 3 tiles: one round
-    assert choose(32768, 2 * 1024 * 4, 1024, single, 132, False) == (4096, 4096)  # 32 * 4 tiles, not twice as many
-    assert choose(0, 100, 16, half, 132, False) == (17408, 128)
+    passes, products = {"small": False, "one_step": False}, {"small": False, "one_step": True}
+    # 128 * 3 tiles of 128 x 256: 3 rounds
+    assert choose(32768, 2 * 768 * 2, 768, half, **passes) == (16384, 16384)
+    assert choose(8192, 2 * 2048 * 2, 2048, half, **passes) == (8192, 4096)
+    assert choose(8192, 2 * 2048 * 2, 2048, half, **products) == (8192, 8192)
+    # as few as may be
+    assert choose(25216, 4 * (3 * 128 + 192) * 4, 4 * 192, single, small=True, one_step=True) == (13952, 13952)
+    assert choose(32768, 2 * 768 * 4, 768, single, **products) == (5504, 5504)  # 43 * 3 tiles: one round
+    assert choose(32768, 2 * 1024 * 4, 1024, single, **products) == (4096, 4096)  # 32 * 4 tiles, not twice as many
+    assert choose(0, 100, 16, half, **passes) == (17408, 128)
 
 
 def eager(x, w1, b1, w2, b2, target):
