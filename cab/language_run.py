@@ -11,6 +11,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     BambaConfig,
     BambaForCausalLM,
@@ -45,6 +47,7 @@ from cab.teachers.huggingface import HuggingFaceTeacher
 
 STUDENT = "student"
 TEACHER = "teacher-model"
+NAMED_WEIGHTS = 2  # of those that a checkpoint lacks, in an error
 
 
 class LanguageRun(Run):
@@ -78,9 +81,7 @@ class LanguageRun(Run):
         if trained:
             return AutoModelForCausalLM.from_pretrained(self.folder / TEACHER)
         if teacher.name is not None:
-            with refused(f"expected teacher.name to be a causal language model by name or path, got {teacher.name!r}"):
-                options = _placement(teacher)
-                return AutoModelForCausalLM.from_pretrained(teacher.name, dtype=teacher.dtype, **options)
+            return _pretrained(teacher.name, dtype=teacher.dtype, **_placement(teacher))
         torch.manual_seed(self.config.seed)
         with refused("expected sizes of a Llama"):
             return LlamaForCausalLM(
@@ -221,6 +222,22 @@ class LanguageRun(Run):
     def _save(self, model: nn.Module, folder: Path) -> None:
         cast(Any, model).save_pretrained(folder)
         self.tokens.save(folder)
+
+
+def _pretrained(name: str, **options: Any) -> nn.Module:
+    """A causal language model of which every weight is there: transformers would make up those that are missing."""
+    expected = f"expected teacher.name to be a causal language model by name or path, got {name!r}"
+    with refused(expected):
+        config = AutoConfig.from_pretrained(name)
+    kind = (config.architectures or [config.model_type])[0]
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{expected}, a {kind}")
+    with refused(expected):
+        model, loaded = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    if missing := sorted(loaded["missing_keys"]):
+        named = ", ".join([*missing[:NAMED_WEIGHTS], *["..."] * (len(missing) > NAMED_WEIGHTS)])
+        raise UserError(f"{expected}, a {kind} without {named}")
+    return model
 
 
 def _placement(teacher: DecoderConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import safetensors.torch
 import torch
 from language_models import TINY_RUN, make
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from cab.cli import main
 from cab.config import UserError
@@ -368,11 +369,11 @@ def test_a_teacher_that_stays_where_it_is_teaches(
         pytest.importorskip("bitsandbytes")
     load, maps, quantized = AutoModelForCausalLM.from_pretrained, [], []
 
-    def watched(*args: Any, **kwargs: Any) -> nn.Module:
+    def watched(*args: Any, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
         maps.append(kwargs.get("device_map"))
-        model = load(*args, **kwargs)
+        model, loaded = load(*args, **kwargs)
         quantized.append(getattr(model, "is_quantized", False))
-        return model
+        return model, loaded
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
     make("llama", vocab_size=264, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "teacher")
@@ -393,6 +394,36 @@ def test_bitsandbytes_is_asked_for_where_it_is_missing(tmp_path: Path, monkeypat
         UserError, match=r"expected the packages of cab-kernels\[quantized\] for teacher.quantized=4bit"
     ):
         run.teacher_model()
+
+
+_SMALL = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_OWN_NAMES = {"vocab_size": 264, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 40}
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "kind", "got"),
+    [
+        ("llama", _SMALL, AutoModel, ", a LlamaModel without lm_head.weight"),
+        ("bert", _SMALL, AutoModel, ", a BertModel without cls.predictions.bias, cls.predictions.decoder.bias, ..."),
+        ("distilbert", _OWN_NAMES, AutoModelForMaskedLM, ", a DistilBertForMaskedLM"),
+        ("bert", _SMALL, AutoModelForMaskedLM, "got BertLMHeadModel, whose tokens see those behind them"),
+    ],
+    ids=["a decoder without a head", "an encoder without a head", "an encoder", "an encoder with a head"],
+)
+def test_a_teacher_that_is_no_causal_language_model(
+    family: str, sizes: dict[str, int], kind: Any, got: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused, not taught by: transformers would make up a head with a warning, and the run would follow it."""
+    torch.manual_seed(0)
+    model = kind.from_config(AutoConfig.for_model(family, **{**sizes, "initializer_range": 0.5}))
+    model.save_pretrained(tmp_path / "teacher")
+    settings = (f"teacher.name={tmp_path / 'teacher'}", "teacher.steps=0", "data.tokenizer=bytes")
+    assert main([*distill(*settings), "--out", str(tmp_path / "run")]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.match("cab distill: .*expected (teacher.name to be )?a causal language model", line)
+    assert str(tmp_path / "teacher") in line
+    assert line.endswith(got)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_sequence_longer_than_the_teachers_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

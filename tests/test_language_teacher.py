@@ -5,7 +5,7 @@ import torch
 from language_models import VOCABULARY, make
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from cab.distill.language import LanguageTask
 from cab.students.language import LanguageStudent, PlainLanguageModel
@@ -255,6 +255,18 @@ def test_longer_than_its_positions() -> None:
 def test_model_without_attention_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot read Q and K of MambaForCausalLM: it has no attention heads"):
         HuggingFaceTeacher(make("mamba"))
+
+
+def test_model_without_a_head_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a causal language model, got LlamaModel, which has no head"):
+        HuggingFaceTeacher(make("llama").model)
+
+
+def test_model_whose_tokens_see_those_behind_them_is_refused() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.5}
+    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **sizes))
+    with pytest.raises(ValueError, match="expected a causal language model, got BertForMaskedLM, whose tokens see"):
+        HuggingFaceTeacher(model)
 
 
 def test_a_layer_that_shows_nothing_is_counted() -> None:

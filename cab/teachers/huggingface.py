@@ -43,7 +43,8 @@ class HuggingFaceTeacher(Teacher):
         packs: whether packed documents are kept apart by their positions, settled by such a pass too.
 
     Raises:
-        ValueError: Q and K, or the logits, of the model cannot be read; the message names the model and the reason.
+        ValueError: Q and K, or the logits, of the model cannot be read, or it is no causal language model; the message
+            names the model and the reason.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -53,6 +54,7 @@ class HuggingFaceTeacher(Teacher):
         text = config.get_text_config()
         if not getattr(text, "num_attention_heads", None):
             raise self._refusal("it has no attention heads")
+        self._check_causal()
         self.num_layers = text.num_hidden_layers
         self.max_length: int | None = getattr(text, "max_position_embeddings", None)
         self._heads = text.num_attention_heads
@@ -118,6 +120,19 @@ class HuggingFaceTeacher(Teacher):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HuggingFaceTeacher:
         return self if self.stays else super()._apply(fn, recurse)
+
+    def _check_causal(self) -> None:
+        """Refuse a model without a head, and one whose logits follow what comes behind them."""
+        model: Any = self.model
+        kind = type(model).__name__
+        if model.get_output_embeddings() is None:
+            raise self._refusal(f"expected a causal language model, got {kind}, which has no head for logits")
+        ids, _ = self._probe_batch()
+        other = torch.cat((ids[:, :3], ids.flip(0)[:, 3:]), dim=1)
+        with torch.no_grad():
+            before, after = (model(tokens, use_cache=False).logits[:, :3] for tokens in (ids, other))
+        if not _close(before, after):
+            raise self._refusal(f"expected a causal language model, got {kind}, whose tokens see those behind them")
 
     def _settle_tap(self) -> list[tuple[torch.Size, torch.Size]]:
         """Take the first tap that shows all layers and changes nothing, and return the shapes of Q and K."""
