@@ -239,12 +239,15 @@ def _distill(options: argparse.Namespace) -> None:
     folder, taken = processes.agree(
         (folder, not options.resume and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())))
     )
-    if taken:
-        how = f"; --resume {folder} goes on with it" if (folder / CONFIG).is_file() else ""
-        raise UserError(f"expected a new or empty folder for --out, got {folder}{how}")
     try:
+        if taken:
+            how = f"; --resume {folder} goes on with it" if (folder / CONFIG).is_file() else ""
+            raise UserError(f"expected a new or empty folder for --out, got {folder}{how}")
         distill(config, folder, print)
         processes.leave()
+    except UserError:
+        processes.leave(together=False)
+        raise
     except KeyboardInterrupt:
         if (folder / CONFIG).is_file():
             raise KeyboardInterrupt(f"cab distill --resume {folder} goes on") from None

@@ -1,9 +1,10 @@
-"""Files that are written whole or not at all, whenever the process is killed."""
+"""Files that are written whole or not at all, whenever the process is killed, and locks that die with it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -28,3 +29,24 @@ def settle(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def locked(file: Path, wait: bool = True) -> Iterator[None]:
+    """Let one process at a time in; the lock of a process that was killed is gone with it.
+
+    Args:
+        file: that is locked, made where it is missing; it stays.
+        wait: until the process that is in has left.
+
+    Raises:
+        BlockingIOError: another process is in, and this one does not wait.
+        OSError: the disk knows no locks, or does not take the file.
+        ModuleNotFoundError: the system knows no locks.
+    """
+    import fcntl
+
+    with file.open("a") as lock:
+        os.register_at_fork(after_in_child=lock.close)  # a process that loads data may outlive this one
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield

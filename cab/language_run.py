@@ -38,7 +38,6 @@ from cab.recall import PAIRS, recall
 from cab.refusal import refused
 from cab.report import PERPLEXITY, Positions, Recall
 from cab.run import Run, needs_teacher
-from cab.settings import of_arm
 from cab.students.discrete_mamba2 import DiscreteMamba2Config, DiscreteMamba2ForCausalLM
 from cab.students.from_teacher import start_from_teacher
 from cab.students.language import LanguageStudent, PlainLanguageModel, attention_blocks
@@ -171,10 +170,9 @@ class LanguageRun(Run):
 
     def _models(self) -> Iterator[tuple[str, PlainLanguageModel, float]]:
         """The teacher, where there is one, and the trained students: names, models, how many positions they take."""
-        arms = {name: of_arm(self.config, name) for name in self.config.arms}
         found: Iterable[tuple[str, nn.Module | None]]
-        found = ((name, self.load_student(arm, self.folder / name)) for name, arm in arms.items())
-        if any(map(needs_teacher, arms.values())):
+        found = ((name, self.load_student(arm, self.folder / name)) for name, arm in self.arms.items())
+        if any(map(needs_teacher, self.arms.values())):
             found = itertools.chain([("teacher", self.teacher_model(bool(self.config.teacher.steps)))], found)
         for name, model in found:
             if model is not None:

@@ -49,15 +49,18 @@ def start(local_rank: int, cpu: bool, by_deepspeed: bool = False) -> None:
         zero.start()
 
 
-def leave() -> None:
-    """Part from the other processes when all have come this far."""
-    if count() > 1:
-        if dist.get_backend() == "gloo":
+def leave(together: bool = True) -> None:
+    """Part from the other processes: when all have come this far, or at once, where this one was refused something."""
+    if dist.is_initialized():
+        by_gloo = dist.get_backend() == "gloo"
+        if by_gloo:
             # Its threads need Python's lock to let go of the last tensors that were exchanged. If a barrier comes
             # first, they pass them on to it, and one that would free them when Python has begun to end aborts.
             time.sleep(SETTLED)
-        wait()
-        dist.destroy_process_group()
+        if together:
+            wait()
+        if together or by_gloo:  # NCCL would wait for the others
+            dist.destroy_process_group()
 
 
 def count() -> int:

@@ -1,8 +1,9 @@
 """A run: the data, the teacher, each arm in turn, and the folder in which all of it stays.
 
-The folder holds ``config.yaml``, the teacher where it was trained on the spot, ``results.json``, ``curves.png``, and a
-folder for each arm: ``metrics.jsonl``, TensorBoard events, the last checkpoint, and at the end the student, without the
-bridges, and ``result.json``. ``vision_run`` and ``language_run`` say what data and models are.
+The folder holds ``config.yaml``, the teacher where it was trained on the spot, ``results.json``, ``curves.png``, the
+lock of the process that trains, and a folder for each arm: ``metrics.jsonl``, TensorBoard events, the last checkpoint,
+and at the end the student, without the bridges, and ``result.json``. ``vision_run`` and ``language_run`` say what data
+and models are.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import importlib.metadata
 import json
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +26,7 @@ import cab.processes as processes
 from cab.callbacks import METRICS, read_metrics, require_wandb
 from cab.config import LanguageConfig, RunConfig, UserError
 from cab.distill.task import DistillationTask
-from cab.files import write_whole
+from cab.files import locked, write_whole
 from cab.recipe import Batch
 from cab.refusal import refused
 from cab.report import ACCURACY, PERPLEXITY, Measure, Positions, Recall, Row, plot, plot_similarity, table
@@ -32,6 +34,7 @@ from cab.settings import CONFIG, of_arm, of_run, to_yaml
 from cab.trainer import Outcome, TaskTrainer
 
 RESULT = "result.json"
+LOCK = ".lock"  # of the process that trains
 
 Say = Callable[[str], None]
 
@@ -48,9 +51,38 @@ def distill(config: RunConfig, folder: Path, say: Say) -> list[Row]:
         The rows of the table that was reported.
 
     Raises:
-        UserError: something in the configuration or in the data cannot be used.
+        UserError: something in the configuration or in the data cannot be used, or another process trains in the
+            folder.
     """
-    return _run(config, folder).distill(say)
+    with ExitStack() as held:
+        begun = (folder / CONFIG).is_file()
+        if begun:
+            held.enter_context(_alone(folder))
+        run = _run(config, folder)
+        run.check()
+        processes.wait()  # until none of them looks for what the first is about to write
+        if not begun:
+            held.enter_context(_alone(folder))
+        return run.distill(say)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Train in the folder of a run, made where it is missing, and let no other process do so."""
+    with ExitStack() as held:
+        taken = False
+        if processes.rank() == 0:
+            with refused(f"expected a folder for the run that can be made, {folder}"):
+                folder.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(locked(folder / LOCK, wait=False))
+            except BlockingIOError:
+                taken = True
+            except (ModuleNotFoundError, OSError):  # no locks here, which is no reason not to train
+                pass
+        if processes.agree(taken):
+            raise UserError(f"expected a folder in which no other process trains, got {folder}")
+        yield
 
 
 def evaluate(folder: Path, data: str | None = None, length: int | None = None) -> tuple[Measure, list[Row]]:
@@ -193,6 +225,7 @@ class Run(ABC):
 
     Attributes:
         measure: by which students are compared.
+        arms: by name, each with the values that it fixes.
         full: the whole training split, for a teacher that is trained on the spot.
         train: the student's part of it.
         test: what is evaluated.
@@ -208,6 +241,7 @@ class Run(ABC):
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config = config
         self.folder = folder
+        self.arms: dict[str, Any] = {name: of_arm(config, name) for name in config.arms}
         self.writes = processes.rank() == 0
 
     @property
@@ -260,19 +294,14 @@ class Run(ABC):
         raise UserError(f"expected a run on text for --positions, got one on images in {self.folder}")
 
     def distill(self, say: Say) -> list[Row]:
-        arms = {name: of_arm(self.config, name) for name in self.config.arms}
-        self._check(arms)
-        processes.wait()  # until none of them looks for what the first is about to write
         if self.writes:
-            with refused(f"expected a folder for the run that can be made, {self.folder}"):
-                self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / CONFIG, to_yaml(self.config))
             self.save_data()
             say(self.describe())
         rows = []
-        if any(map(needs_teacher, arms.values())):
+        if any(map(needs_teacher, self.arms.values())):
             rows.append(self._teacher())
-        for name, arm in arms.items():
+        for name, arm in self.arms.items():
             rows.append(self._arm(name, arm))
         if self.writes:
             self._report(rows, say)
@@ -280,8 +309,8 @@ class Run(ABC):
 
     def evaluate(self) -> list[Row]:
         rows = []
-        for name in self.config.arms:
-            student = self.load_student(of_arm(self.config, name), self.folder / name)
+        for name, arm in self.arms.items():
+            student = self.load_student(arm, self.folder / name)
             if student is not None:
                 rows.append(self._measured(name, student, self.folder / name))
         if not rows:
@@ -290,12 +319,12 @@ class Run(ABC):
             )
         return rows
 
-    def _check(self, arms: dict[str, RunConfig]) -> None:
+    def check(self) -> None:
         """Build every arm once and show it a sample, so that what does not fit is said before anything is trained."""
         if self.config.wandb:
             require_wandb()
         sample = default_collate([self.train[0]])
-        for arm in arms.values():
+        for arm in self.arms.values():
             teacher = self.teacher_model() if needs_teacher(arm) else None
             task = self.distillation_task(arm, teacher).eval()
             with torch.no_grad():

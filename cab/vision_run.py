@@ -26,7 +26,6 @@ from cab.recipe import mixing
 from cab.refusal import refused
 from cab.report import ACCURACY
 from cab.run import Run
-from cab.settings import of_arm
 from cab.students.student import ImageStudent
 from cab.teachers.timm import TimmTeacher
 
@@ -92,8 +91,8 @@ class VisionRun(Run):
         trained = (self.folder / TEACHER).is_file()
         batches = DataLoader(Subset(self.test, range(min(images, len(self.splits.test)))), batch_size=32)
         found = {}
-        for name in self.config.arms:
-            student = self.load_student(of_arm(self.config, name), self.folder / name)
+        for name, arm in self.arms.items():
+            student = self.load_student(arm, self.folder / name)
             if student is None:
                 continue
             teacher = TimmTeacher(self.teacher_model(trained))

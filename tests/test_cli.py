@@ -48,6 +48,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_all_that_it_promises(finished: Path) -> None:
     assert sorted(file.name for file in finished.iterdir()) == [
+        ".lock",
         "cab",
         "config.yaml",
         "curves.png",

@@ -1,11 +1,14 @@
-"""A run that is killed at any moment goes on as if nothing had happened."""
+"""A run that is killed at any moment goes on as if nothing had happened; while it lives, none other goes on with it."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,10 @@ import torch
 from PIL import Image
 
 from cab.cli import main
+from cab.config import RunConfig, UserError
+from cab.files import locked
+from cab.run import distill
+from cab.settings import resolve
 
 SETTINGS = [
     "device=cpu",
@@ -68,19 +75,33 @@ def figures(folder: Path) -> list[dict[str, Any]]:
     return [{**entry, "seconds": None, "samples_per_second": None} for entry in entries]
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # newer Pythons warn of how torch starts its processes
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(images: Path) -> None:
-    killed = subprocess.Popen(
-        [sys.executable, "-m", "cab", *words(images, "killed")],
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@contextmanager
+def trained_by_another(images: Path, out: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process, the first of a group, that has written a checkpoint and trains on; it is killed at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cab", *words(images, out)],
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
     last = time.monotonic() + 120
-    while not list((images / "killed" / "cab").glob("checkpoint-*")) and time.monotonic() < last:
+    while not list((images / out / "cab").glob("checkpoint-*")) and time.monotonic() < last:
         time.sleep(0.001)
-    os.killpg(killed.pid, signal.SIGKILL)  # its loading processes too
-    killed.wait()
+    try:
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # its loading processes too
+        process.wait()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # newer Pythons warn of how torch starts its processes
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(images: Path) -> None:
+    with trained_by_another(images, "killed"):
+        pass
     assert not (images / "killed" / "cab" / "result.json").exists()
     assert main(words(images, "straight")) == 0
     assert main(["distill", "--resume", str(images / "killed")]) == 0
@@ -89,3 +110,56 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(images: Path) -> None:
         safetensors.torch.load_file(images / run / "cab" / "student.safetensors") for run in ("straight", "killed")
     )
     assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_run_is_left_alone_while_another_process_trains_it(
+    images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is loaded; and no longer: when that process is killed, one that loads its images may live on."""
+    run = images / "run"
+    with trained_by_another(images, "run") as process:
+        os.killpg(process.pid, signal.SIGSTOP)
+        before = contents(run)
+        with monkeypatch.context() as patched:
+            patched.setattr("cab.run._run", None)
+            assert main(["distill", "--resume", str(run)]) == 2
+        expected = f"cab distill: expected a folder in which no other process trains, got {run}\n"
+        assert capsys.readouterr() == ("", expected)
+        assert contents(run) == before
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        os.killpg(process.pid, 0)  # raises where no process of the group is left
+        assert main(["distill", "--resume", str(run)]) == 0
+        assert (run / "cab" / "result.json").is_file()
+
+
+def small() -> RunConfig:
+    sizes = [
+        "student.depth=1",
+        "student.embed_dim=16",
+        "teacher.depth=1",
+        "teacher.embed_dim=16",
+        "teacher.num_heads=2",
+    ]
+    return resolve(settings=["device=cpu", "arms=ce", "optim.steps=1", *sizes])
+
+
+def test_a_new_run_is_not_begun_where_another_has_just_begun(tmp_path: Path) -> None:
+    """Both found no folder, and the other made it first."""
+    refusal = f"expected a folder in which no other process trains, got {tmp_path}"
+    with locked(tmp_path / ".lock"), pytest.raises(UserError, match=refusal):
+        distill(small(), tmp_path, print)
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_run_goes_without_a_lock_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*args: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    with locked(tmp_path / ".lock"):
+        with monkeypatch.context() as patched:
+            patched.setattr("fcntl.flock", unknown)  # as of a disk that knows none
+            distill(small(), tmp_path, print)
+        monkeypatch.setitem(sys.modules, "fcntl", None)  # as on a system that knows none
+        assert [row.name for row in distill(small(), tmp_path, print)] == ["ce"]

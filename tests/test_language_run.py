@@ -43,7 +43,7 @@ def rows_of(folder: Path) -> dict[str, dict]:
 
 def test_a_run_leaves_all_that_it_promises(finished: Path) -> None:
     assert {file.name for file in finished.iterdir()} == {
-        *("cab", "config.yaml", "curves.png", "results.json", "soft-kd-a0", "teacher", "teacher-model"),
+        *(".lock", "cab", "config.yaml", "curves.png", "results.json", "soft-kd-a0", "teacher", "teacher-model"),
     }
     names = {file.name for file in (finished / "cab").iterdir()}
     assert names == {"checkpoint-2", "metrics.jsonl", "result.json", "student", "tensorboard"}

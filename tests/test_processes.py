@@ -19,6 +19,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from language_models import TINY_RUN
 
 from cab.cli import main
+from cab.files import locked
+from cab.settings import resolve, to_yaml
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 # Unequal images in each share of a batch, statistics and gradients that must be those of the whole batch, an
@@ -210,6 +212,17 @@ def test_two_processes_train_as_one_does(tmp_path: Path, targets: str, device: s
     same_files(tmp_path)
     assert any(entry.get("align_weight", 0) > 0 for entry in same_metrics(tmp_path))
     same_weights(tmp_path, "custom/checkpoint-6/model.safetensors")
+
+
+def test_two_processes_leave_a_run_alone_that_another_trains(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(resolve(settings=SETTINGS)))
+    with locked(run / ".lock"):
+        for process in run_two(["distill", "--resume", str(run)]):
+            line = f"cab distill: expected a folder in which no other process trains, got {run}"
+            assert (process.returncode, process.stderr.splitlines()[-1]) == (2, line)
+    assert {file.name for file in run.iterdir()} == {".lock", "config.yaml"}
 
 
 def test_a_replayed_step_is_not_wrapped_and_its_gradients_are_averaged(tmp_path: Path) -> None:

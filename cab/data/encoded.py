@@ -6,7 +6,6 @@ import hashlib
 import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from cab.config import TextConfig
 from cab.data.documents import documents, files_of
 from cab.data.tokens import Tokens
-from cab.files import save_whole
+from cab.files import locked, save_whole
 
 
 class Encoded(NamedTuple):
@@ -45,7 +44,8 @@ def encoded(config: TextConfig, tokens: Tokens) -> tuple[Encoded, Encoded]:
         training, test = _parts(config, tokens)
         return in_memory(training), in_memory(test)
     folder = Path(config.cache) / _key(config, tokens)
-    with _locked(folder.with_suffix(".lock")):  # another process that wants the same waits, and finds it
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_suffix(".lock")):  # another process that wants the same waits, and finds it
         if not folder.is_dir():
             save_whole(folder, lambda unfinished: _write_parts(unfinished, _parts(config, tokens)))
     return read_encoded(folder / "train"), read_encoded(folder / "test")
@@ -122,14 +122,3 @@ def _key(config: TextConfig, tokens: Tokens) -> str:
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(config)]
     told = (files, config.field, config.limit, config.held_out, config.seed, tokens.key)
     return hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest()
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Let one process at a time in; the lock of a process that was killed is gone with it."""
-    import fcntl
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
