@@ -28,6 +28,7 @@ from transformers.utils import is_bitsandbytes_available, logging
 
 import cab.processes as processes
 from cab.config import DecoderConfig, LanguageConfig, MambaConfig, UserError
+from cab.data.documents import files_of
 from cab.data.language import load
 from cab.distill.language import LanguageTask
 from cab.distill.task import DistillationTask, LossWeights
@@ -65,8 +66,9 @@ class LanguageRun(Run):
         self.full = self.train = self.splits.train
         self.test = self.splits.test
 
-    def save_data(self) -> None:
-        pass  # the configuration says it all
+    def files(self) -> tuple[str, Iterable[str]]:
+        files = files_of(self.config.data)
+        return str(Path(self.config.data.path or files[0].parent)), map(str, files)
 
     def describe(self) -> str:
         splits = self.splits

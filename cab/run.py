@@ -1,9 +1,9 @@
 """A run: the data, the teacher, each arm in turn, and the folder in which all of it stays.
 
-The folder holds ``config.yaml``, the teacher where it was trained on the spot, ``results.json``, ``curves.png``, the
-lock of the process that trains, and a folder for each arm: ``metrics.jsonl``, TensorBoard events, the last checkpoint,
-and at the end the student, without the bridges, and ``result.json``. ``vision_run`` and ``language_run`` say what data
-and models are.
+The folder holds ``config.yaml``, ``files.json``, by which the data are known again, the teacher where it was trained on
+the spot, ``results.json``, ``curves.png``, the lock of the process that trains, and a folder for each arm:
+``metrics.jsonl``, TensorBoard events, the last checkpoint, and at the end the student, without the bridges, and
+``result.json``. ``vision_run`` and ``language_run`` say what data and models are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +25,7 @@ from torch.utils.data import Dataset, default_collate
 import cab.processes as processes
 from cab.callbacks import METRICS, read_metrics, require_wandb
 from cab.config import LanguageConfig, RunConfig, UserError
+from cab.data.fingerprint import Held, difference, fingerprint
 from cab.distill.task import DistillationTask
 from cab.files import locked, write_whole
 from cab.recipe import Batch
@@ -34,6 +35,7 @@ from cab.settings import CONFIG, of_arm, of_run, to_yaml
 from cab.trainer import Outcome, TaskTrainer
 
 RESULT = "result.json"
+FILES = "files.json"  # the names and sizes of the data's files, folder by folder
 LOCK = ".lock"  # of the process that trains
 
 Say = Callable[[str], None]
@@ -51,8 +53,8 @@ def distill(config: RunConfig, folder: Path, say: Say) -> list[Row]:
         The rows of the table that was reported.
 
     Raises:
-        UserError: something in the configuration or in the data cannot be used, or another process trains in the
-            folder.
+        UserError: something in the configuration or in the data cannot be used, the data are not those with which the
+            run began, or another process trains in the folder.
     """
     with ExitStack() as held:
         begun = (folder / CONFIG).is_file()
@@ -243,6 +245,7 @@ class Run(ABC):
         self.folder = folder
         self.arms: dict[str, Any] = {name: of_arm(config, name) for name in config.arms}
         self.writes = processes.rank() == 0
+        self._held: dict[str, Held] = {}
 
     @property
     def device(self) -> str:
@@ -250,12 +253,17 @@ class Run(ABC):
         return "cuda" if self.config.device != "cpu" and torch.cuda.is_available() else "cpu"
 
     @abstractmethod
+    def files(self) -> tuple[str, Iterable[str]]:
+        """The folder or the file that the data are, and the files in it; none of data that come with a library."""
+
+    @abstractmethod
     def describe(self) -> str:
         """A line about the data."""
 
-    @abstractmethod
     def save_data(self) -> None:
         """Write to the folder what must be kept of the data."""
+        if self._held:
+            write_whole(self.folder / FILES, json.dumps(self._held, indent=1) + "\n")
 
     @abstractmethod
     def teacher_model(self, trained: bool = False) -> nn.Module:
@@ -320,7 +328,10 @@ class Run(ABC):
         return rows
 
     def check(self) -> None:
-        """Build every arm once and show it a sample, so that what does not fit is said before anything is trained."""
+        """Say what does not fit before anything is trained: changed data, or an arm, each built and shown a sample."""
+        changed = processes.agree(self._changed() if self.writes else None)
+        if changed is not None:
+            raise UserError(f"expected the data with which {self.folder} began, {changed}")
         if self.config.wandb:
             require_wandb()
         sample = default_collate([self.train[0]])
@@ -329,6 +340,16 @@ class Run(ABC):
             task = self.distillation_task(arm, teacher).eval()
             with torch.no_grad():
                 task(**sample)
+
+    def _changed(self) -> str | None:
+        """What has changed in the data's files since the run began."""
+        root, files = self.files()
+        self._held = fingerprint(root, files)
+        if not (self.folder / FILES).is_file():  # it begins here
+            return None
+        with refused(f"expected the data's files as a run writes them in {self.folder / FILES}"):
+            before = json.loads((self.folder / FILES).read_text())
+        return difference(root, before, self._held)
 
     def _teacher(self) -> Row:
         """The teacher's row; it is trained on the full training split first where the run asks for that."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import cast
@@ -56,9 +56,13 @@ class VisionRun(Run):
             )
 
     def save_data(self) -> None:
+        super().save_data()
         splits = self.splits
         known = splits.names, splits.labels, splits.classes, splits.chosen
         save_whole(self.folder / INDEX, lambda file: write_index(file, *known))
+
+    def files(self) -> tuple[str, Iterable[str]]:
+        return self.config.data.root or "", self.splits.files
 
     def describe(self) -> str:
         splits = self.splits

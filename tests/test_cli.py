@@ -378,6 +378,24 @@ def test_a_folder_of_images_is_distilled_and_measured(images: Path, capsys: pyte
     assert "expected a folder " in capsys.readouterr().err
 
 
+def test_a_run_does_not_go_on_with_other_images(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(of_folder(images)) == 0
+    held = (images / "run" / "files.json").read_bytes()
+    assert main(["distill", "--resume", str(images / "run")]) == 0
+    shutil.copy(images / "val" / "red" / "0.png", images / "val" / "red" / "more.png")
+    capsys.readouterr()
+    assert main(["distill", "--resume", str(images / "run")]) == 2
+    expected = f"expected the data with which {images / 'run'} began, 2 files of "
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert re.match(rf"cab distill: {expected}\d+ bytes in {images}/val/red, got 3 files of \d+ bytes\n", err)
+    assert (images / "run" / "files.json").read_bytes() == held
+    assert main(["eval", str(images / "run")]) == 0
+    (images / "run" / "files.json").unlink()  # as of a run that began before there was one
+    assert main(["distill", "--resume", str(images / "run")]) == 0
+    assert (images / "run" / "files.json").read_bytes() != held
+
+
 def test_a_run_is_measured_from_anywhere(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(images.parent)
     assert main(of_folder(images, f"data.root={images.name}")) == 0

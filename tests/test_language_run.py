@@ -43,7 +43,17 @@ def rows_of(folder: Path) -> dict[str, dict]:
 
 def test_a_run_leaves_all_that_it_promises(finished: Path) -> None:
     assert {file.name for file in finished.iterdir()} == {
-        *(".lock", "cab", "config.yaml", "curves.png", "results.json", "soft-kd-a0", "teacher", "teacher-model"),
+        *(
+            ".lock",
+            "cab",
+            "config.yaml",
+            "curves.png",
+            "files.json",
+            "results.json",
+            "soft-kd-a0",
+            "teacher",
+            "teacher-model",
+        ),
     }
     names = {file.name for file in (finished / "cab").iterdir()}
     assert names == {"checkpoint-2", "metrics.jsonl", "result.json", "student", "tensorboard"}
@@ -165,6 +175,25 @@ def test_resuming_trains_what_is_missing(finished: Path) -> None:
     assert main(["distill", "--resume", str(finished)]) == 0
     assert rows_of(finished)["cab"]["score"] == before["cab"]["score"]
     assert rows_of(finished)["teacher"] == before["teacher"]
+
+
+def test_a_run_does_not_go_on_with_other_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, run = tmp_path / "text", tmp_path / "run"
+    text.mkdir()
+    for name in "abcdef":
+        (text / f"{name}.txt").write_text(f"{name} " * 100)
+    assert main([*distill("arms=ce", "data.name=files", f"data.path={text}"), "--out", str(run)]) == 0
+    (run / "ce" / "result.json").unlink()
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    (text / "b.txt").write_text("b " * 101)
+    capsys.readouterr()
+    assert main(["distill", "--resume", str(run)]) == 2
+    expected = f"expected the data with which {run} began, 6 files of 1,200 bytes in {text}, got 6 files of 1,202 bytes"
+    assert capsys.readouterr() == ("", f"cab distill: {expected}\n")
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    (text / "b.txt").write_text("c " * 100)  # of the same size: the file is not read for this
+    assert main(["distill", "--resume", str(run)]) == 0
+    assert (run / "files.json").read_bytes() == before[run / "files.json"]
 
 
 def test_mamba2_from_a_teacher_by_name(finished: Path, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ class Splits(NamedTuple):
         names: of each image of ``full``.
         labels: of each image of ``full``.
         chosen: indices into ``full`` of the student's part.
+        files: of a folder, all that are read.
     """
 
     full: Digits | Images
@@ -47,6 +48,7 @@ class Splits(NamedTuple):
     names: Sequence[str]
     labels: Sequence[int]
     chosen: list[int]
+    files: Sequence[str] = ()
 
 
 def load(config: DataConfig) -> Splits:
@@ -190,8 +192,8 @@ def _folder(config: DataConfig) -> Splits:
         return Images(names, folder.labels, _Files(folder), transform)
 
     full, tested = images(train, _transform(config)), images(test, _plain_transform(config))
-    chosen = _chosen(config, train.names, train.labels, train.classes)
-    return Splits(full, Subset(full, chosen), tested, train.classes, train.names, train.labels, chosen)
+    chosen, files = _chosen(config, train.names, train.labels, train.classes), (*full.names, *tested.names)
+    return Splits(full, Subset(full, chosen), tested, train.classes, train.names, train.labels, chosen, files)
 
 
 def _dataset(config: DataConfig) -> Splits:
