@@ -61,6 +61,19 @@ def test_documents_of_every_kind_of_file(write: Callable[[Path], Path], tmp_path
     assert list(documents(TextConfig(path=str(write(tmp_path))))) == TEXTS
 
 
+def test_hidden_files_are_no_text_unless_they_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / ".data"  # what is hidden around the folder hides nothing in it
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    for name in (".DS_Store", "._0.txt", ".ipynb_checkpoints/0.txt"):
+        (folder / name).write_bytes(b"\0")
+    with pytest.raises(UserError, match="expected files with text in .*, got an empty folder"):
+        list(documents(TextConfig(path=str(folder))))
+    text_files(folder)
+    assert list(documents(TextConfig(path=str(folder)))) == TEXTS
+    (folder / ".notes.txt").write_text("here")
+    assert list(documents(TextConfig(path=str(folder / ".notes.txt")))) == ["here"]
+
+
 def test_another_field(tmp_path: Path) -> None:
     file = tmp_path / "text.jsonl"
     file.write_text('{"content": "here"}\n\n')

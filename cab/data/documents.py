@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cab.config import TextConfig, UserError
+from cab.data.folder import is_hidden
 
 
 def documents(config: TextConfig) -> Iterator[str]:
@@ -27,7 +28,7 @@ def documents(config: TextConfig) -> Iterator[str]:
 
 
 def files_of(config: TextConfig) -> list[Path]:
-    """The files that hold the documents, in their order.
+    """The files that hold the documents, in their order; what is hidden in a folder is none of them.
 
     Raises:
         UserError: there are none.
@@ -37,7 +38,9 @@ def files_of(config: TextConfig) -> list[Path]:
     path = Path(config.path or "")
     if not path.exists():
         raise UserError(f"expected a file or folder with text, got no {path}")
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    if path.is_file():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not is_hidden(file, path))
     if not files:
         raise UserError(f"expected files with text in {path}, got an empty folder")
     return files

@@ -49,7 +49,12 @@ def scan(root: Path) -> Folder:
     return Folder(root, tuple(classes), tuple(names), tuple(labels))
 
 
+def is_hidden(file: Path, root: Path) -> bool:
+    """Whether a file below ``root``, or a folder between the two, has a name that begins with a dot."""
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
 def _is_image(file: Path, root: Path) -> bool:
     """By its name; a link to nothing is one, which is refused when it is read."""
-    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-    return file.suffix.lower() in EXTENSIONS and not hidden and (file.is_file() or not file.exists())
+    known = file.suffix.lower() in EXTENSIONS and not is_hidden(file, root)
+    return known and (file.is_file() or not file.exists())
