@@ -49,8 +49,9 @@ def bridge_mse(
         mask: optional bool, (tokens,) or (batch, length); True counts. What does not count may be NaN.
         token_index: optional integers (length,): student token t meets target token ``token_index[t]``; -1 leaves t
             out, as the mask does. Reversed order, a moved cls token and absent prefix tokens are all such an index.
-            Without it, t meets t. Values of ``target_length`` or more are an error of the caller: they raise in the
-            reference and give a loss of NaN in a kernel, which cannot raise without waiting for the GPU.
+            Without it, t meets t. Values of ``target_length`` or more are an error of the caller: on a CPU they raise;
+            a kernel, which could not without waiting for the GPU, gives a loss of NaN, and the reference on a GPU fails
+            in PyTorch's own check there.
         target_mean, target_rstd: optional (width,), both or neither: the target is standardised,
             ``(target - mean) * rstd``, as it is read.
         backend: None, "triton" or "reference".
@@ -62,7 +63,7 @@ def bridge_mse(
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype.
-        ValueError: shapes or devices disagree, or the backend cannot run.
+        ValueError: shapes or devices disagree, the backend cannot run, or, on a CPU, token_index is beyond the target.
 
     Source: the bridge of arXiv:2510.19266, section 3.
     """

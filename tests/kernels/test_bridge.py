@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cab_kernels import bridge_mse, bridge_mse_grouped, bridge_mse_grouped_ref, bridge_mse_ref
 
@@ -71,6 +72,18 @@ class TestReference:
         kept = index >= 0
         expected = bridge_mse_ref(x[:, kept], *weights, target[:, :7])
         torch.testing.assert_close(bridge_mse_ref(x, *weights, target, token_index=index), expected)
+
+    def test_an_index_is_not_read_where_it_has_no_values_yet(self):
+        """By a compiler, and of tensors without values; it may be beyond the target there."""
+        *inputs, target = make(dtype=torch.float32)
+        index = torch.arange(8, -1, -1)
+        compiled = torch.compile(bridge_mse, fullgraph=True, backend="aot_eager")
+        expected = bridge_mse(*inputs, target, token_index=index)
+        torch.testing.assert_close(compiled(*inputs, target, token_index=index), expected)
+        beyond = (*inputs, target, index + 1)
+        with FakeTensorMode() as mode:
+            fake = [mode.from_tensor(value) for value in beyond]
+            assert bridge_mse(*fake[:-1], token_index=fake[-1]).shape == ()
 
     def test_heads_are_flattened_head_by_head(self):
         x, *weights, target = make()
@@ -150,6 +163,7 @@ class TestBadInput:
             ({"target": torch.zeros(9, 6)}, ValueError, r"expected target of shape .*, got \(9, 6\)"),
             ({"mask": torch.ones(2, 9)}, TypeError, "expected mask of dtype bool, got float32"),
             ({"token_index": torch.zeros(8, dtype=torch.int64)}, ValueError, r"expected token_index of shape .*\(9,\)"),
+            ({"token_index": torch.arange(9) + 3}, ValueError, "token_index below target_length = 9, got 11"),
             ({"target_mean": torch.zeros(6)}, ValueError, "expected target_mean and target_rstd together"),
             ({"backend": "cuda"}, ValueError, "expected backend None, 'triton' or 'reference', got 'cuda'"),
         ],
