@@ -11,6 +11,8 @@ import safetensors
 
 from cab.config import UserError
 
+LONGEST = 300  # characters: transformers names all its models against one that it does not know
+
 # What libraries raise against what they are given, and against files that are damaged.
 _OF_VALUES = (ValueError, RuntimeError, TypeError, AssertionError)
 _OF_FILES = (OSError, EOFError, LookupError, pickle.UnpicklingError, BadZipFile, safetensors.SafetensorError)
@@ -23,6 +25,8 @@ def refused(expected: str = "") -> Iterator[None]:
         yield
     except (*_OF_VALUES, *_OF_FILES) as error:
         reason = " ".join(str(error).split())
+        if len(reason) > LONGEST:
+            reason = f"{reason[:LONGEST].rstrip()} ..."
         if not reason or isinstance(error, LookupError):  # of which the text is a key alone
             reason = f"{type(error).__name__} {reason}".rstrip()
         raise UserError(f"{expected}, got: {reason}" if expected else reason) from error

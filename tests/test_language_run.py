@@ -434,7 +434,7 @@ _OWN_NAMES = {"vocab_size": 264, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden
     [
         ("llama", _SMALL, AutoModel, ", a LlamaModel without lm_head.weight"),
         ("bert", _SMALL, AutoModel, ", a BertModel without cls.predictions.bias, cls.predictions.decoder.bias, ..."),
-        ("distilbert", _OWN_NAMES, AutoModelForMaskedLM, ", a DistilBertForMaskedLM"),
+        ("distilbert", _OWN_NAMES, AutoModelForMaskedLM, " ..."),
         ("bert", _SMALL, AutoModelForMaskedLM, "got BertLMHeadModel, whose tokens see those behind them"),
     ],
     ids=["a decoder without a head", "an encoder without a head", "an encoder", "an encoder with a head"],
@@ -452,6 +452,7 @@ def test_a_teacher_that_is_no_causal_language_model(
     assert re.match("cab distill: .*expected (teacher.name to be )?a causal language model", line)
     assert str(tmp_path / "teacher") in line
     assert line.endswith(got)
+    assert len(line) < 600
     assert not (tmp_path / "run").exists()
 
 
