@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 import cab.students.vim  # noqa: F401  registers the students with timm
-from cab.config import TeacherConfig, UserError, VisionConfig
+from cab.config import TeacherConfig, UserError, VisionConfig, nearest
 from cab.distill.task import LossWeights
 from cab.distill.vision import VisionTask
 from cab.images import input_size
@@ -105,9 +104,9 @@ def supervised_task(model: nn.Module) -> VisionTask:
 
 def _create(name: str, key: str, image_size: int, shape: dict[str, int | None], **options: Any) -> Any:
     if ":" not in name and not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"expected {key} to be a model that timm knows, got {name!r}{hint}")
+        raise UserError(
+            f"expected {key} to be a model that timm knows, got {name!r}{nearest(name, timm.list_models())}"
+        )
     given = {option: value for option, value in shape.items() if value is not None}
     with refused(f"expected {key} to be a model that timm knows"):
         published = timm.get_pretrained_cfg(name)
