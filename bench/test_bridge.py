@@ -51,7 +51,7 @@ CASES = {
 
 
 class Problem:
-    """Inputs of one case; x is a slice of a wider projection, as in a Mamba block, and every second one is reversed."""
+    """Inputs of one case; every second x is reversed."""
 
     def __init__(self, name: str, case: Case) -> None:
         self.name, self.case = name, case

@@ -13,6 +13,7 @@ from cab.distill.task import LossWeights
 from cab.distill.vision import VisionTask
 from cab.students.vim import VisionMamba
 from cab.teachers.timm import TimmTeacher
+from cab_kernels import bridge_mse_grouped
 
 STUDENT = {"depth": 4, "embed_dim": 16, "d_state": 4, "num_classes": 5}
 TEACHER = {"img_size": 8, "patch_size": 2, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
@@ -291,6 +292,32 @@ def alone(task: VisionTask, projections: list, target: object, w: Tensor, b: Ten
     alignment = Alignment(task.bridges, projections, task.targets, task.layer_map, task.token_index)
     weights = BridgeWeights(None, None, w[None], b[None])
     return alignment._linear_losses([projections[1][0].B], weights, target)[0]
+
+
+def test_k_and_q_that_lie_alike_meet_their_bridges_in_one_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = variant(128, False, "standardised").eval()
+    _, projections = task.student.forward_with_projections(images())
+    calls: list[int] = []
+
+    def counted(xs: list[Tensor], *arguments: object, **options: object) -> Tensor:
+        calls.append(len(xs))
+        return bridge_mse_grouped(xs, *arguments, **options)
+
+    monkeypatch.setattr("cab.distill.losses.bridge_mse_grouped", counted)
+    losses = []
+    for apart in (False, True):
+        alignment = Alignment(task.bridges, projections, task.targets, task.layer_map, task.token_index)
+
+        def meet(layer: int, query: Tensor, key: Tensor, met: Alignment = alignment, apart: bool = apart) -> None:
+            met(layer, query, key.transpose(2, 3).contiguous().transpose(2, 3) if apart else key)
+
+        task.teacher(images(), meet)
+        losses.append(alignment.layers())
+    together, one_by_one = calls[: len(calls) // 3], calls[len(calls) // 3 :]
+    assert one_by_one == [count // 2 for count in together for _ in range(2)]
+    torch.testing.assert_close(*losses)
 
 
 def test_a_shared_bridge_is_one_for_all_layers() -> None:

@@ -106,8 +106,11 @@ def bridge_mse_chunked(
     dz_in_h = not deferred and one_step
     dz_size = hidden if walks_back and not deferred and not dz_in_h else 0
     z_size = 0 if z_in_kept else hidden
-    # Z counts but where dZ is kept, which leaves room for it.
-    buffers_size = hidden + width + dz_size + (z_size if small or not deferred else 0)
+    buffers_size = hidden + width + dz_size
+    if small or (
+        layer is Products and not deferred
+    ):  # a chunk's Z is whole; where dZ is kept, it comes on top of the rest
+        buffers_size += z_size
     chunk, step = choose_chunk(
         tokens,
         group * buffers_size * x.element_size(),
@@ -127,10 +130,11 @@ def bridge_mse_chunked(
     sizes = (hidden, width, dz_size)
     z_buffer = x.new_empty(group * step * z_size)
     buffers = [x.new_empty(group * chunk * size) for size in sizes]
+    where = matching(call)
     for first in range(0, bridges, group):
         part = slice(first, min(first + group, bridges))
         members = part.stop - part.start
-        layers = layer(call, part, sums)
+        layers = layer(call, where, part, sums)
         grads = None if totals is None else _Gradients(totals[part], hidden, d_state, width)
         of_part = None if kept is None else kept[part].flatten(1, 2)
         matrix = _x_as_matrix(call, part)
@@ -139,7 +143,7 @@ def bridge_mse_chunked(
         dw1_at_once = needs_w1 and deferred and matrix is not None
         for start in range(0, tokens, chunk):
             stop = min(start + chunk, tokens)
-            xc = _copy_x(call, part, slice(start, stop)) if matrix is None else matrix[:, start:stop]
+            xc = _copy_x(call, where, part, slice(start, stop)) if matrix is None else matrix[:, start:stop]
             hs, rs, dzs = (
                 buffer[: members * (stop - start) * size].view(members, stop - start, size)
                 for buffer, size in zip(buffers, sizes, strict=True)
@@ -232,7 +236,7 @@ class _Gradients:
     """The rows of ``totals`` as weight gradients."""
 
     def __init__(self, totals: torch.Tensor, hidden: int, d_state: int, width: int) -> None:
-        w1, self.b1, w2, self.b2 = totals.split([hidden * d_state, hidden, width * hidden, width], dim=1)
+        w1, _, w2, _ = totals.split([hidden * d_state, hidden, width * hidden, width], dim=1)
         self.w1, self.w2 = w1.unflatten(1, (hidden, d_state)), w2.unflatten(1, (width, hidden))
 
 
@@ -263,12 +267,11 @@ def _x_as_matrix(call: Call, part: slice) -> torch.Tensor | None:
     return None
 
 
-def _copy_x(call: Call, part: slice, chunk: slice) -> torch.Tensor:
+def _copy_x(call: Call, where: dict[str, object], part: slice, chunk: slice) -> torch.Tensor:
     """A chunk of some bridges' x, with zeros for the tokens that do not count."""
     x = call.xs[part.start]
     bridges, tokens, d_state = part.stop - part.start, chunk.stop - chunk.start, x.shape[2]
     out = x.new_empty((bridges, tokens, d_state))
-    where = matching(call)
     names = ("mask_ptr", "index_ptr", "tokens", "length", "target_length")
     names += ("stride_mask_bridge", "stride_index_bridge", "HAS_MASK", "HAS_INDEX")
     launch(

@@ -78,7 +78,7 @@ def bridge_mse(
     _check_statistics(check, target_mean, target_rstd, ("width",))
     stacks = [[weight.unsqueeze(0)] for weight in (w1, b1, w2, b2)]
     options = (mask, token_index, target_mean, target_rstd)
-    return _run("bridge_mse", backend, [x], stacks, [target], options).squeeze(0)
+    return _run(check, backend, [x], stacks, [target], options).squeeze(0)
 
 
 def bridge_mse_grouped(
@@ -104,11 +104,12 @@ def bridge_mse_grouped(
     Args:
         xs: one x a bridge, all of one shape and dtype. They are read where they lie; nothing is stacked.
         w1, b1, w2, b2: (bridges, hidden, d_state), (bridges, hidden), (bridges, width, hidden), (bridges, width); or
-            sequences of such stacks, one for each target, which hold its bridges only.
+            sequences of such stacks, one for each target, which hold its bridges only. The gradients of the stacks of
+            a sequence are then parts of one tensor in memory.
         target: one tensor that all bridges share, or a sequence of as many as divide the bridges: the first target
             then serves the first ``bridges / targets`` bridges, and so on. The fewer targets a call has, and the sooner
-            it comes, the less memory the teacher's take; the more it has, the fewer launches there are. A layer's K and
-            Q, which the teacher makes at the same time, take 8 % less time in one call than in two.
+            it comes, the less memory the teacher's take; the more it has, the fewer launches there are, where the
+            bridges stay on chip. A layer's K and Q, which the teacher makes at the same time, belong in one call.
         mask: as in :func:`bridge_mse`, or with a leading axis (bridges, ...).
         token_index: (length,), or (bridges, length) where directions differ.
         target_mean, target_rstd: (width,), or (targets, width).
@@ -145,7 +146,7 @@ def bridge_mse_grouped(
         check.tensor("token_index", token_index, (length, f"bridges {length}"), _INDEX)
     _check_statistics(check, target_mean, target_rstd, ("width", "targets width"))
     options = (mask, token_index, target_mean, target_rstd)
-    return _run("bridge_mse_grouped", backend, xs, stacks, targets, options)
+    return _run(check, backend, xs, stacks, targets, options)
 
 
 def _check_weights(
@@ -155,6 +156,7 @@ def _check_weights(
         check.tensor(name + at, value, leading + axes)
         dtype = value.dtype if dtype is None else dtype
         check.true(value.dtype == dtype, f"{name + at} of dtype {dtype} like w1", value.dtype)
+        check.true(value.numel() > 0, f"{name + at} of no axis of size 0", tuple(value.shape))
 
 
 def _check_stacks(check: ArgumentCheck, weights: Sequence[Any], share: int, targets: int) -> list[list[torch.Tensor]]:
@@ -200,8 +202,16 @@ def _check_statistics(
         check.true(mean.shape == rstd.shape, "target_rstd of target_mean's shape", tuple(rstd.shape))
 
 
+def _check_reach(check: ArgumentCheck, token_index: torch.Tensor, target_length: int) -> None:
+    """Refuse an index beyond the target where its values can be read without waiting."""
+    readable = type(token_index) is torch.Tensor and not torch.compiler.is_compiling()
+    if readable and token_index.device.type == "cpu" and token_index.numel():
+        last = int(token_index.max())
+        check.true(last < target_length, f"token_index below target_length = {target_length}", last)
+
+
 def _run(
-    function: str,
+    check: ArgumentCheck,
     backend: str | None,
     xs: list[torch.Tensor],
     stacks: list[list[torch.Tensor]],
@@ -210,12 +220,14 @@ def _run(
 ) -> torch.Tensor:
     w1, b1, w2, b2 = stacks
     mask, token_index, target_mean, target_rstd = options
-    if choose_backend(function, backend, xs[0]) == "triton":
+    if choose_backend(check.function, backend, xs[0]) == "triton":
         if xs[0].dtype == torch.float64:
-            raise TypeError(f"{function}: expected x of 32 or 16 bits for backend 'triton', got float64")
+            raise TypeError(f"{check.function}: expected x of 32 or 16 bits for backend 'triton', got float64")
         from cab_kernels.bridge.kernels import bridge_mse_triton
 
         return bridge_mse_triton(xs, w1, b1, w2, b2, targets, mask, token_index, target_mean, target_rstd)
+    if token_index is not None:
+        _check_reach(check, token_index, targets[0].shape[-2])
     losses = bridge_mse_grouped_ref(
         xs,
         w1,

@@ -14,7 +14,6 @@ from cab_kernels.bridge.matching_kernels import (
     is_nvidia_bf16,
     load_target,
     match_tokens,
-    matching,
     pick,
 )
 
@@ -150,17 +149,16 @@ class Passes:
     """Some bridges of a call, for as many tokens at a time as their buffers hold.
 
     Every buffer is (bridges, tokens, ...) and is for the tokens from ``first_token`` on, a multiple of ``ROWS``, of the
-    call. ``sums`` gets a part for each block of ``ROWS`` tokens.
+    call; ``where`` says which target each meets. ``sums`` gets a part for each block of ``ROWS`` tokens.
     """
 
     ROWS, COLUMNS = BLOCK_ROWS, BLOCK_COLUMNS
 
-    def __init__(self, call: Call, part: slice, sums: Partials) -> None:
+    def __init__(self, call: Call, where: dict[str, object], part: slice, sums: Partials) -> None:
         dtype = call.xs[0].dtype
-        self.call, self.sums, self.first_bridge = call, sums, part.start
+        self.call, self.where, self.sums, self.first_bridge = call, where, sums, part.start
         self.w1, self.w2 = call.w1[0][part].to(dtype), call.w2[0][part].to(dtype)
         self.b1, self.b2 = call.b1[0][part], call.b2[0][part]
-        self.where = matching(call)
 
     def hidden(self, x: torch.Tensor, z: torch.Tensor, h: torch.Tensor) -> None:
         """Z = X w1^T, H = silu(Z + b1)"""

@@ -26,7 +26,6 @@ from cab_kernels.bridge.matching_kernels import (
     is_nvidia_bf16,
     load_target,
     match_tokens,
-    matching,
     processors,
 )
 
@@ -178,7 +177,6 @@ def _product_slope_kernel(
     dz,
     db1_ptr,
     first_token,
-    chunk,
     width,
     hidden_size,
     STAGES: tl.constexpr,
@@ -205,40 +203,42 @@ class Products:
 
     ROWS, COLUMNS = 128, 128
 
-    def __init__(self, call: Call, part: slice, sums: Partials) -> None:
+    def __init__(self, call: Call, where: dict[str, object], part: slice, sums: Partials) -> None:
         dtype, bridge = call.xs[0].dtype, part.start
-        self.call, self.bridge = call, bridge
+        self.where, self.bridge = where, bridge
         self.which = bridge // (len(call.xs) // len(call.targets))
-        self.w1, self.w2 = (_as_described(weight[0][part].to(dtype)) for weight in (call.w1, call.w2))
+        self.w1, w2 = (_as_described(weight[0][part].to(dtype)) for weight in (call.w1, call.w2))
+        # As the right operand of each product.
+        self.right1, self.right2 = (_descriptor(weight, self.COLUMNS, DEPTH) for weight in (self.w1, w2))
+        self.right3 = _descriptor(w2, DEPTH, self.COLUMNS)
         self.b1, self.b2 = call.b1[0][bridge], call.b2[0][bridge]
         self.squares, self.counts, self.db1, self.db2 = (None if value is None else value[bridge] for value in sums)
-        self.where = matching(call)
-        target = call.targets[self.which]
-        plain = not any(self.where[name] for name in ("HAS_MASK", "HAS_INDEX", "HAS_HEADS", "HAS_STATISTICS"))
-        self.target = _target_as_matrix(target) if plain else None
+        self.target = call.targets[self.which]
+        plain = not any(where[name] for name in ("HAS_MASK", "HAS_INDEX", "HAS_HEADS", "HAS_STATISTICS"))
+        self.matrix = _target_as_matrix(self.target) if plain else None
 
     def hidden(self, x: torch.Tensor, z: torch.Tensor, h: torch.Tensor) -> None:
         programs = min(self._tiles(h), PROGRAMS * processors(h.device))
         _product_silu_kernel[(programs,)](
-            self._left(x), self._right(self.w1), self._result(_slopes(z)), self._result(h), self.b1, h.shape[1],
+            self._left(x), self.right1, self._result(_slopes(z)), self._result(h), self.b1, h.shape[1],
             x.shape[2], h.shape[2], NVIDIA_BF16=is_nvidia_bf16(h), **self._options,
         )  # fmt: skip
 
     def residual(self, h: torch.Tensor, r: torch.Tensor, first_token: int) -> None:
-        target = self.call.targets[self.which]
-        if self.target is not None:
-            target = self._read(self.target[None, first_token : first_token + r.shape[1]])
+        target = self.target
+        if self.matrix is not None:
+            target = self._read(self.matrix[None, first_token : first_token + r.shape[1]])
         _product_residual_kernel[(self._tiles(r),)](
-            self._left(h), self._right(self.w2), self._result(r), target, b2_ptr=self.b2, db2_ptr=self.db2,
+            self._left(h), self.right2, self._result(r), target, b2_ptr=self.b2, db2_ptr=self.db2,
             squares_ptr=self.squares, counts_ptr=self.counts, bridge=self.bridge, which=self.which,
-            first_token=first_token, chunk=r.shape[1], hidden_size=h.shape[2], IS_MATRIX=self.target is not None,
+            first_token=first_token, chunk=r.shape[1], hidden_size=h.shape[2], IS_MATRIX=self.matrix is not None,
             **self.where, **self._options,
         )  # fmt: skip
 
     def gradient(self, r: torch.Tensor, z: torch.Tensor, dz: torch.Tensor, first_token: int) -> None:
         _product_slope_kernel[(self._tiles(dz),)](
-            self._left(r), _descriptor(self.w2, DEPTH, self.COLUMNS), self._read(_slopes(z)), self._result(dz),
-            self.db1, first_token, dz.shape[1], r.shape[2], dz.shape[2], **self._options,
+            self._left(r), self.right3, self._read(_slopes(z)), self._result(dz),
+            self.db1, first_token, r.shape[2], dz.shape[2], **self._options,
         )  # fmt: skip
 
     def _tiles(self, out: torch.Tensor) -> int:
@@ -246,9 +246,6 @@ class Products:
 
     def _left(self, value: torch.Tensor) -> TensorDescriptor:
         return _descriptor(value, self.ROWS, DEPTH)
-
-    def _right(self, value: torch.Tensor) -> TensorDescriptor:
-        return _descriptor(value, self.COLUMNS, DEPTH)
 
     def _read(self, value: torch.Tensor) -> TensorDescriptor:
         return _descriptor(value, self.ROWS, self.COLUMNS)

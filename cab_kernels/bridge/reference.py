@@ -24,9 +24,6 @@ def bridge_mse_ref(
     """Mean squared error of ``w2 @ silu(w1 @ x + b1) + b2`` to ``target``; see :func:`bridge_mse`.
 
     Everything is computed in at least float32, whatever the inputs' dtype and whatever autocast says.
-
-    Raises:
-        ValueError: on a CPU, a token_index beyond the target.
     """
     target = _rows(target).detach()
     if x.dim() == 2:
@@ -34,7 +31,6 @@ def bridge_mse_ref(
     compute = torch.promote_types(torch.promote_types(x.dtype, w1.dtype), torch.float32)
     counted = mask if mask is None else mask.reshape(x.shape[:2])
     if token_index is not None:
-        _check_reach(token_index, target)
         matched = token_index >= 0
         counted = matched.expand(x.shape[:2]) if counted is None else counted & matched
         target = target.index_select(1, token_index.clamp(min=0))
@@ -96,15 +92,6 @@ def _bridges(stacks: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor
 def _rows(target: torch.Tensor) -> torch.Tensor:
     """(batch, heads, length, head_dim) as (batch, length, heads * head_dim); anything else as it is."""
     return target.transpose(1, 2).flatten(2) if target.dim() == 4 else target
-
-
-def _check_reach(token_index: torch.Tensor, target: torch.Tensor) -> None:
-    """Refuse an index beyond the target, (batch, length, width), where its values can be read without waiting."""
-    readable = type(token_index) is type(target) is torch.Tensor and not torch.compiler.is_compiling()
-    if readable and token_index.device.type == "cpu" and token_index.numel():
-        last, length = int(token_index.max()), target.shape[1]
-        if last >= length:
-            raise ValueError(f"bridge_mse: expected token_index below target_length = {length}, got {last}")
 
 
 def _of_bridge(value: torch.Tensor | None, index: int, dim: int) -> torch.Tensor | None:

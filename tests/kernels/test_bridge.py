@@ -158,6 +158,7 @@ class TestBadInput:
             ({"w2": torch.zeros(6, 8)}, ValueError, r"expected w2 of shape \(width, hidden\) = \(6, 7\), got \(6, 8\)"),
             ({"b2": torch.zeros(6, dtype=torch.int64)}, TypeError, "expected b2 of dtype .*, got int64"),
             ({"b1": torch.zeros(7, dtype=torch.bfloat16)}, ValueError, "b1 of dtype .*32 like w1, got torch.bfloat16"),
+            ({"w1": torch.zeros(0, 5)}, ValueError, r"expected w1 of no axis of size 0, got \(0, 5\)"),
             ({"target": torch.zeros(2, 8, 6)}, ValueError, r"expected target of shape .* = \(2, 9, 6\), got"),
             ({"target": torch.zeros(2, 3, 9, 4)}, ValueError, r"with heads \* head_dim = 6, got 3 \* 4"),
             ({"target": torch.zeros(9, 6)}, ValueError, r"expected target of shape .*, got \(9, 6\)"),
@@ -251,6 +252,14 @@ def path(request, monkeypatch, device):
     return way
 
 
+def made_products(monkeypatch):
+    """A list that gets an entry for each bridge that goes through ``Products``."""
+    products, made = importlib.import_module(PRODUCTS).Products, []
+    init = products.__init__
+    monkeypatch.setattr(products, "__init__", lambda self, *given: made.append(self) or init(self, *given))
+    return made
+
+
 def run(function, inputs, *arguments, incoming=None, **options):
     """The loss and the gradients of the inputs."""
     inputs = [value.detach().clone().requires_grad_() for value in inputs]
@@ -275,6 +284,12 @@ class TestKernels:
         got = run(bridge_mse, inputs, target, backend="triton", incoming=incoming)
         want = run(bridge_mse_ref, [value.double() for value in inputs], target.double(), incoming=incoming.double())
         assert_close(got, want)
+
+    def test_products_run_on_their_own_path_alone(self, path, device, monkeypatch):
+        made = made_products(monkeypatch)
+        *inputs, target = whole(device=device)
+        bridge_mse(*inputs, target, backend="triton")
+        assert bool(made) == path.startswith("products")
 
     def test_read_any_strides(self, device):
         x, *weights, target = whole(device=device, length=20, width=12)
@@ -431,11 +446,11 @@ class TestKernels:
         kernels = importlib.import_module(KERNELS)
         x, w1, b1, w2, b2, target = whole(device=device)
         x = x.transpose(1, 2).contiguous().transpose(1, 2) if channels_first else x
-        weights = [[value.unsqueeze(0)] for value in (w1, b1, w2, b2)]
-        arguments = ([x], *weights, [target], None, None, None, None, torch.float32, 31)
+        weights = [[torch.stack((value, value))] for value in (w1, b1, w2, b2)]
+        arguments = ([x, x], *weights, [target], None, None, None, None, torch.float32, 31)
         torch.library.opcheck(torch.ops.cab_kernels.bridge_mse.default, arguments)
         loss, *saved = kernels._forward(*arguments)
-        sizes = (w1.unsqueeze(0), 6, torch.float32, torch.float32)
+        sizes = (weights[0][0], target.shape[2], torch.float32, torch.float32)
         torch.library.opcheck(torch.ops.cab_kernels.bridge_mse_backward.default, (loss, *saved, *sizes, 31))
 
 
@@ -565,9 +580,20 @@ class TestOnGPU:
             again = run(bridge_mse, inputs, target)
             assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
-    @pytest.mark.parametrize("hidden", [128, 768], ids=["fused", "chunked"])
-    def test_replays_as_a_cuda_graph(self, hidden):
-        *inputs, target = make(dtype=torch.bfloat16, device="cuda", length=200, d_state=16, hidden=hidden, width=192)
+    def test_large_bridges_run_as_products_on_a_hopper_gpu(self, monkeypatch):
+        made = made_products(monkeypatch)
+        sizes = {"length": 200, "d_state": 768, "hidden": 768, "width": 768}
+        bridge_mse(*make(dtype=torch.bfloat16, device="cuda", **sizes))
+        assert bool(made) == (torch.cuda.get_device_capability()[0] == 9)
+
+    @pytest.mark.parametrize(
+        ("d_state", "hidden", "width"),
+        [(16, 128, 192), (16, 768, 192), (768, 768, 768)],
+        ids=["fused", "chunked, small", "products"],
+    )
+    def test_replays_as_a_cuda_graph(self, d_state, hidden, width):
+        sizes = {"length": 200, "d_state": d_state, "hidden": hidden, "width": width}
+        *inputs, target = make(dtype=torch.bfloat16, device="cuda", **sizes)
         inputs = [value.requires_grad_() for value in inputs]
 
         def step():
