@@ -14,6 +14,7 @@ CHUNKED = "cab_kernels.bridge.chunked_kernels"
 PASSES = "cab_kernels.bridge.passes_kernels"
 PRODUCTS = "cab_kernels.bridge.product_kernels"
 KERNELS = "cab_kernels.bridge.kernels"
+SUMS = "cab_kernels.bridge.sums_kernels"
 
 
 def make(seed=0, *, batch=2, length=9, d_state=5, hidden=7, width=6, dtype=torch.float64, device="cpu"):
@@ -692,8 +693,8 @@ def test_what_comes_next_is_fetched_ahead(kernel, compile_offline):
 def test_other_kernels_compile_for_gpus_that_are_not_here(compile_offline):
     log = compile_offline(
         [
-            spec(KERNELS, "_bridge_reduce_kernel", {"BLOCK": 128, "BLOCK_SPLITS": 64, "BLOCK_PARTS": 1024}),
-            spec(KERNELS, "_bridge_scale_kernel", {"BLOCK": 1024}),
+            spec(SUMS, "_bridge_reduce_kernel", {"BLOCK": 128, "BLOCK_SPLITS": 64, "BLOCK_PARTS": 1024}),
+            spec(SUMS, "_bridge_scale_kernel", {"BLOCK": 1024}),
             spec(CHUNKED, "_chunk_x_kernel", ROWS | {"HAS_MASK": True, "HAS_INDEX": True}),
             spec(PASSES, "_pass_silu_kernel", ROWS | {"NVIDIA_BF16": True}),
             spec(PASSES, "_pass_residual_kernel", FLAGS | ROWS),
