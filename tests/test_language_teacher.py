@@ -269,6 +269,17 @@ def test_model_whose_tokens_see_those_behind_them_is_refused() -> None:
         HuggingFaceTeacher(model)
 
 
+def test_model_whose_rounding_follows_what_comes_behind_is_causal() -> None:
+    """As that of LLM.int8 does, by a few per cent."""
+    model, (ids, _) = make("llama"), batch()
+    model.model.norm.register_forward_hook(lambda norm, inputs, hidden: hidden + 0.1 * hidden[:, 3:].mean(1, True))
+    other = torch.cat((ids[:, :3], ids[:, 3:].flip(0)), dim=1)
+    with torch.no_grad():
+        before, after = (model(tokens).logits[:, :3] for tokens in (ids, other))
+    assert 0.01 < (before - after).abs().max() / before.abs().max() < 0.1
+    assert HuggingFaceTeacher(model).num_layers == 2
+
+
 def test_a_layer_that_shows_nothing_is_counted() -> None:
     model = make("llama")
     model.model.layers[1].self_attn = Nothing()

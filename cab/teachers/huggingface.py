@@ -130,8 +130,11 @@ class HuggingFaceTeacher(Teacher):
         ids, _ = self._probe_batch()
         other = torch.cat((ids[:, :3], ids.flip(0)[:, 3:]), dim=1)
         with torch.no_grad():
-            before, after = (model(tokens, use_cache=False).logits[:, :3] for tokens in (ids, other))
-        if not _close(before, after):
+            before, after = (model(tokens, use_cache=False).logits for tokens in (ids, other))
+        # Rounding may follow it too, by a few per cent: LLM.int8 leaves a column out of its products in 8 bits, for all
+        # tokens, if it is large in one. Where tokens see those behind them, their logits change as much as the others'.
+        change = (before.float() - after.float()).abs()
+        if not _close(before[:, :3], after[:, :3]) and change[:, :3].max() > change[:, 3:].max() / 10:
             raise self._refusal(f"expected a causal language model, got {kind}, whose tokens see those behind them")
 
     def _settle_tap(self) -> list[tuple[torch.Size, torch.Size]]:
