@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from cab.config import TextConfig, UserError
-from cab.data.documents import documents
+from cab.data.documents import documents, files_of
 from cab.data.encoded import in_memory, write_encoded
 from cab.data.language import (
     Concatenated,
@@ -72,6 +73,26 @@ def test_hidden_files_are_no_text_unless_they_are_named(tmp_path: Path) -> None:
     assert list(documents(TextConfig(path=str(folder)))) == TEXTS
     (folder / ".notes.txt").write_text("here")
     assert list(documents(TextConfig(path=str(folder / ".notes.txt")))) == ["here"]
+
+
+@pytest.mark.parametrize("write", [saved, saved_with_splits])
+def test_what_a_script_leaves_beside_a_saved_data_set_is_no_document(
+    write: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    config = TextConfig(path=str(write(tmp_path)))
+    before = files_of(config)
+    split = before[-1].parent
+    datasets = pytest.importorskip("datasets")
+    datasets.load_from_disk(str(split)).map(lambda row: {"text": row["text"].upper()})
+    (left,) = {*split.iterdir()} - {*before}
+    shutil.copy(left, split / "tmp0a1b2c3d")  # as of a script that was killed
+    assert files_of(config) == before
+    assert list(documents(config)) == TEXTS
+
+
+def test_text_may_have_the_names_of_what_is_left_beside_saved_data_sets(tmp_path: Path) -> None:
+    files = [write(tmp_path, name, b"text") for name in ("cache-0.arrow", "tmp.txt")]
+    assert files_of(TextConfig(path=str(tmp_path))) == files
 
 
 def test_another_field(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from cab.config import TextConfig, UserError
 from cab.data.folder import is_hidden
 
+_LEFT = ("cache-*.arrow", "tmp*")  # beside a saved data set: results that are kept, and unfinished ones
+
 
 def documents(config: TextConfig) -> Iterator[str]:
     """The documents that the configuration names, in a fixed order, up to its limit of characters.
@@ -30,6 +32,8 @@ def documents(config: TextConfig) -> Iterator[str]:
 def files_of(config: TextConfig) -> list[Path]:
     """The files that hold the documents, in their order; what is hidden in a folder is none of them.
 
+    Nor is, in a saved data set, what its ``map`` and ``filter`` leave there, in this script or another.
+
     Raises:
         UserError: there are none.
     """
@@ -41,6 +45,8 @@ def files_of(config: TextConfig) -> list[Path]:
     if path.is_file():
         return [path]
     files = sorted(file for file in path.rglob("*") if file.is_file() and not is_hidden(file, path))
+    if _is_saved(path):
+        files = [file for file in files if not any(map(file.match, _LEFT))]
     if not files:
         raise UserError(f"expected files with text in {path}, got an empty folder")
     return files
@@ -48,7 +54,7 @@ def files_of(config: TextConfig) -> list[Path]:
 
 def _documents(config: TextConfig) -> Iterator[str]:
     files, path = files_of(config), Path(config.path or "")
-    if config.name == "files" and {path / "state.json", path / "dataset_dict.json"} & {*files}:
+    if config.name == "files" and _is_saved(path):
         yield from _saved(path, config.field)
         return
     for file in files:
@@ -126,6 +132,11 @@ def _saved(folder: Path, field: str) -> Iterator[str]:
         loaded = loaded["train"]
     _has_column(loaded.column_names, field, folder)
     yield from (row[field] for row in loaded.select_columns([field]) if row[field])
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether ``save_to_disk`` wrote the folder: a data set, or one with several splits."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def _has_column(names: list[str], field: str, path: Path) -> None:
