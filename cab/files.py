@@ -6,6 +6,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+_locks: set[IO[str]] = set()  # that this process holds, or waits for
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -46,7 +49,21 @@ def locked(file: Path, wait: bool = True) -> Iterator[None]:
     """
     import fcntl
 
-    with file.open("a") as lock:
-        os.register_at_fork(after_in_child=lock.close)  # a process that loads data may outlive this one
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+    lock = file.open("a")
+    _locks.add(lock)
+    try:
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            yield
+    finally:
+        _locks.discard(lock)
+
+
+def _leave_to_parent() -> None:
+    """A process that loads data may outlive the one that holds the locks."""
+    while _locks:
+        _locks.pop().close()
+
+
+if hasattr(os, "register_at_fork"):  # where it is missing, so are fork and these locks
+    os.register_at_fork(after_in_child=_leave_to_parent)
