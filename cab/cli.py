@@ -236,16 +236,17 @@ def _distill(options: argparse.Namespace) -> None:
     from cab import processes
     from cab.run import distill
 
-    folder, taken = processes.agree(
-        (folder, not options.resume and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())))
-    )
-    try:
-        if taken:
+    def place() -> Path:
+        if not options.resume and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             how = f"; --resume {folder} goes on with it" if (folder / CONFIG).is_file() else ""
             raise UserError(f"expected a new or empty folder for --out, got {folder}{how}")
+        return folder
+
+    try:
+        folder = processes.first(place)
         distill(config, folder, print)
         processes.leave()
-    except UserError:
+    except (UserError, OSError):
         processes.leave(together=False)
         raise
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import cab.zero as zero
+from cab.config import UserError
 
 Value = TypeVar("Value")
 
@@ -79,13 +80,26 @@ def wait() -> None:
         dist.barrier()
 
 
-def agree(value: Value) -> Value:
-    """What the first process says."""
+def first(call: Callable[[], Value]) -> Value:
+    """What a call gives in the first process, the only one in which it is made.
+
+    Raises:
+        UserError: the call raised it; so do all processes.
+        OSError: likewise.
+    """
     if count() == 1:
-        return value
-    held: list[Any] = [value]
+        return call()
+    held: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            held[0] = call()
+        except (UserError, OSError) as error:
+            held[1] = error
     dist.broadcast_object_list(held)
-    return held[0]
+    value, refusal = held
+    if refusal is not None:
+        raise refusal
+    return value
 
 
 def mean(value: Tensor) -> Tensor:

@@ -57,33 +57,29 @@ def distill(config: RunConfig, folder: Path, say: Say) -> list[Row]:
             run began, or another process trains in the folder.
     """
     with ExitStack() as held:
-        begun = (folder / CONFIG).is_file()
+        begun = processes.first((folder / CONFIG).is_file)
         if begun:
-            held.enter_context(_alone(folder))
+            processes.first(lambda: held.enter_context(_alone(folder)))
         run = _run(config, folder)
         run.check()
         processes.wait()  # until none of them looks for what the first is about to write
         if not begun:
-            held.enter_context(_alone(folder))
+            processes.first(lambda: held.enter_context(_alone(folder)))
         return run.distill(say)
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Train in the folder of a run, made where it is missing, and let no other process do so."""
+    with refused(f"expected a folder for the run that can be made, {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
-        taken = False
-        if processes.rank() == 0:
-            with refused(f"expected a folder for the run that can be made, {folder}"):
-                folder.mkdir(parents=True, exist_ok=True)
-            try:
-                held.enter_context(locked(folder / LOCK, wait=False))
-            except BlockingIOError:
-                taken = True
-            except (ModuleNotFoundError, OSError):  # no locks here, which is no reason not to train
-                pass
-        if processes.agree(taken):
-            raise UserError(f"expected a folder in which no other process trains, got {folder}")
+        try:
+            held.enter_context(locked(folder / LOCK, wait=False))
+        except BlockingIOError:
+            raise UserError(f"expected a folder in which no other process trains, got {folder}") from None
+        except (ModuleNotFoundError, OSError):  # no locks here, which is no reason not to train
+            pass
         yield
 
 
@@ -329,9 +325,7 @@ class Run(ABC):
 
     def check(self) -> None:
         """Say what does not fit before anything is trained: changed data, or an arm, each built and shown a sample."""
-        changed = processes.agree(self._changed() if self.writes else None)
-        if changed is not None:
-            raise UserError(f"expected the data with which {self.folder} began, {changed}")
+        processes.first(self._check_files)
         if self.config.wandb:
             require_wandb()
         sample = default_collate([self.train[0]])
@@ -341,15 +335,17 @@ class Run(ABC):
             with torch.no_grad():
                 task(**sample)
 
-    def _changed(self) -> str | None:
-        """What has changed in the data's files since the run began."""
+    def _check_files(self) -> None:
+        """Refuse data whose files have changed since the run began."""
         root, files = self.files()
         self._held = fingerprint(root, files)
         if not (self.folder / FILES).is_file():  # it begins here
-            return None
+            return
         with refused(f"expected the data's files as a run writes them in {self.folder / FILES}"):
             before = json.loads((self.folder / FILES).read_text())
-        return difference(root, before, self._held)
+        changed = difference(root, before, self._held)
+        if changed is not None:
+            raise UserError(f"expected the data with which {self.folder} began, {changed}")
 
     def _teacher(self) -> Row:
         """The teacher's row; it is trained on the full training split first where the run asks for that."""

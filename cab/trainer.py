@@ -131,7 +131,7 @@ class TaskTrainer(Trainer):
     def run(self, resume: bool = False) -> Outcome:
         """Train, from the folder's last checkpoint where ``resume`` and there is one, and report."""
         folder = Path(str(self.args.output_dir))
-        checkpoint = processes.agree(get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None)
+        checkpoint = processes.first(lambda: get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None)
         self.args.eval_on_start = checkpoint is None
         if checkpoint is not None:
             with _whole(checkpoint):  # Trainer reads it again

@@ -23,7 +23,7 @@ ALLOWED = {
     "cab.packing": [],
     "cab.patches": [],
     "cab.placement": [],
-    "cab.processes": ["cab.zero"],
+    "cab.processes": ["cab.config", "cab.zero"],
     "cab.presets": ["cab.config"],
     "cab.settings": ["cab.config", "cab.presets"],
     "cab.bridge": ["cab_kernels"],

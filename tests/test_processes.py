@@ -225,6 +225,40 @@ def test_two_processes_leave_a_run_alone_that_another_trains(tmp_path: Path) -> 
     assert {file.name for file in run.iterdir()} == {".lock", "config.yaml"}
 
 
+FIRST = """
+import cab.processes as processes
+from cab.config import UserError
+processes.start(0, cpu=True)
+calls = []
+def refuse(error):
+    calls.append(error)
+    raise error
+for error in (UserError("expected this, got that"), PermissionError(13, "Permission denied", "there")):
+    try:
+        processes.first(lambda: refuse(error))
+    except type(error) as raised:
+        assert str(raised) == str(error)
+    else:
+        raise AssertionError("nothing was raised")
+assert len(calls) == (2 if processes.rank() == 0 else 0)
+assert processes.first(processes.rank) == 0
+processes.leave()
+"""
+
+
+def test_what_the_first_process_gets_or_raises_all_do() -> None:
+    for process in run_two([], FIRST):
+        assert process.returncode == 0, process.stderr
+
+
+def test_two_processes_refuse_what_the_first_does(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for process in run_two(arguments(tmp_path / "file" / "run", SETTINGS)):
+        line = f"cab distill: expected a folder for the run that can be made, {tmp_path}/file/run, got: [Errno 20] "
+        assert process.returncode == 2
+        assert process.stderr.splitlines()[-1].startswith(line)
+
+
 def test_a_replayed_step_is_not_wrapped_and_its_gradients_are_averaged(tmp_path: Path) -> None:
     assert main(arguments(tmp_path / "one", SETTINGS)) == 0
     for process in run_two(arguments(tmp_path / "two", SETTINGS), REPLAYED):

@@ -206,7 +206,7 @@ def test_images_are_mixed_in_pairs(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = "expected an even number of images a process in optim.batch_size for data.mixup and data.cutmix, got "
-    monkeypatch.setattr("cab.processes.agree", lambda value: value)
+    monkeypatch.setattr("cab.processes.first", lambda call: call())
     for batch, processes, share in ((3, 1, 3), (6, 2, 3)):
         monkeypatch.setattr("cab.processes.count", lambda count=processes: count)
         words = [*distill(f"data.{kind}=0.8", f"optim.batch_size={batch}"), "--out", str(tmp_path / "run")]
