@@ -342,8 +342,7 @@ class Run(ABC):
         if not (self.folder / FILES).is_file():  # it begins here
             return
         with refused(f"expected the data's files as a run writes them in {self.folder / FILES}"):
-            before = json.loads((self.folder / FILES).read_text())
-        changed = difference(root, before, self._held)
+            changed = difference(root, json.loads((self.folder / FILES).read_text()), self._held)
         if changed is not None:
             raise UserError(f"expected the data with which {self.folder} began, {changed}")
 

@@ -125,6 +125,18 @@ def test_a_run_does_not_go_on_with_other_images(images: Path, capsys: pytest.Cap
     assert (images / "run" / "files.json").read_bytes() != held
 
 
+@pytest.mark.parametrize("text", ["[]", '"x"', '{"a": 1}', "{"])
+def test_what_is_known_of_the_data_is_damaged(text: str, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run := images / "run").mkdir()
+    assert main([*of_folder(images), "--print-config"]) == 0
+    (run / "config.yaml").write_text(capsys.readouterr().out)
+    (run / "files.json").write_text(text)
+    assert main(["distill", "--resume", str(run)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"cab distill: expected the data's files as a run writes them in {run}/files.json, got: ")
+
+
 def test_a_run_is_measured_from_anywhere(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(images.parent)
     assert main(of_folder(images, f"data.root={images.name}")) == 0
