@@ -9,6 +9,7 @@ the spot, ``results.json``, ``curves.png``, the lock of the process that trains,
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import platform
@@ -37,6 +38,7 @@ from cab.trainer import Outcome, TaskTrainer
 RESULT = "result.json"
 FILES = "files.json"  # the names and sizes of the data's files, folder by folder
 LOCK = ".lock"  # of the process that trains
+WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # what a disk says that knows none
 
 Say = Callable[[str], None]
 
@@ -73,13 +75,17 @@ def _alone(folder: Path) -> Iterator[None]:
     """Train in the folder of a run, made where it is missing, and let no other process do so."""
     with refused(f"expected a folder for the run that can be made, {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / LOCK
     with ExitStack() as held:
         try:
-            held.enter_context(locked(folder / LOCK, wait=False))
+            held.enter_context(locked(lock, wait=False))
         except BlockingIOError:
             raise UserError(f"expected a folder in which no other process trains, got {folder}") from None
-        except (ModuleNotFoundError, OSError):  # no locks here, which is no reason not to train
+        except ModuleNotFoundError:  # no locks here, which is no reason not to train
             pass
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise UserError(f"expected a file that can be written, {lock}, got: {error}") from error
         yield
 
 

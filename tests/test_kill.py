@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -153,13 +153,36 @@ def test_a_new_run_is_not_begun_where_another_has_just_begun(tmp_path: Path) -> 
     assert [file.name for file in tmp_path.iterdir()] == [".lock"]
 
 
-def test_a_run_goes_without_a_lock_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(*args: object) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
+def flock_that_says(code: int) -> Callable[..., None]:
+    """``flock`` of a disk that says this error."""
 
+    def flock(*args: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return flock
+
+
+def test_a_run_goes_without_a_lock_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with locked(tmp_path / ".lock"):
-        with monkeypatch.context() as patched:
-            patched.setattr("fcntl.flock", unknown)  # as of a disk that knows none
-            distill(small(), tmp_path, print)
+        for code in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            with monkeypatch.context() as patched:
+                patched.setattr("fcntl.flock", flock_that_says(code))
+                assert [row.name for row in distill(small(), tmp_path, print)] == ["ce"]
         monkeypatch.setitem(sys.modules, "fcntl", None)  # as on a system that knows none
         assert [row.name for row in distill(small(), tmp_path, print)] == ["ce"]
+
+
+def test_a_run_does_not_go_without_its_lock_where_there_are_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / ".lock"
+    refusal = f"expected a file that can be written, {lock}, got: .Errno "
+    with monkeypatch.context() as patched:
+        patched.setattr("fcntl.flock", flock_that_says(errno.EIO))
+        with pytest.raises(UserError, match=f"{refusal}5. "):
+            distill(small(), tmp_path, print)
+    lock.unlink()
+    lock.mkdir()
+    with pytest.raises(UserError, match=f"{refusal}21. "):
+        distill(small(), tmp_path, print)
+    assert list(tmp_path.iterdir()) == [lock]
