@@ -234,12 +234,11 @@ def _distill(options: argparse.Namespace) -> None:
     if _joined(config.device):
         config = dataclasses.replace(config, shard=True)
     from cab import processes
-    from cab.run import distill
+    from cab.run import distill, taken
 
     def place() -> Path:
         if not options.resume and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            how = f"; --resume {folder} goes on with it" if (folder / CONFIG).is_file() else ""
-            raise UserError(f"expected a new or empty folder for --out, got {folder}{how}")
+            raise taken(folder)
         return folder
 
     try:

@@ -56,7 +56,7 @@ def distill(config: RunConfig, folder: Path, say: Say) -> list[Row]:
 
     Raises:
         UserError: something in the configuration or in the data cannot be used, the data are not those with which the
-            run began, or another process trains in the folder.
+            run began, another process trains in the folder, or has begun a run there in the meantime.
     """
     with ExitStack() as held:
         begun = processes.first((folder / CONFIG).is_file)
@@ -66,13 +66,19 @@ def distill(config: RunConfig, folder: Path, say: Say) -> list[Row]:
         run.check()
         processes.wait()  # until none of them looks for what the first is about to write
         if not begun:
-            processes.first(lambda: held.enter_context(_alone(folder)))
+            processes.first(lambda: held.enter_context(_alone(folder, new=True)))
         return run.distill(say)
 
 
+def taken(folder: Path) -> UserError:
+    """The refusal of a folder that a new run was to have."""
+    how = f"; --resume {folder} goes on with it" if (folder / CONFIG).is_file() else ""
+    return UserError(f"expected a new or empty folder for --out, got {folder}{how}")
+
+
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Train in the folder of a run, made where it is missing, and let no other process do so."""
+def _alone(folder: Path, new: bool = False) -> Iterator[None]:
+    """Train in the folder of a run, a ``new`` one or one that has begun, and let no other process do so."""
     with refused(f"expected a folder for the run that can be made, {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     lock = folder / LOCK
@@ -86,6 +92,8 @@ def _alone(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:
                 raise UserError(f"expected a file that can be written, {lock}, got: {error}") from error
+        if new and (folder / CONFIG).is_file():  # another run has begun, and perhaps ended, since this one looked
+            raise taken(folder)
         yield
 
 

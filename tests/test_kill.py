@@ -153,6 +153,17 @@ def test_a_new_run_is_not_begun_where_another_has_just_begun(tmp_path: Path) -> 
     assert [file.name for file in tmp_path.iterdir()] == [".lock"]
 
 
+def test_a_new_run_is_not_begun_where_another_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It began when this one had looked, and ended, or was killed, before this one was to write."""
+    config = tmp_path / "config.yaml"
+    monkeypatch.setattr("cab.run.Run.check", lambda run: config.write_text("another's"))
+    refusal = f"expected a new or empty folder for --out, got {tmp_path}; --resume {tmp_path} goes on with it"
+    with pytest.raises(UserError, match=refusal):
+        distill(small(), tmp_path, print)
+    assert config.read_text() == "another's"
+    assert {file.name for file in tmp_path.iterdir()} == {".lock", "config.yaml"}
+
+
 def flock_that_says(code: int) -> Callable[..., None]:
     """``flock`` of a disk that says this error."""
 
