@@ -106,11 +106,9 @@ def bridge_mse_chunked(
     dz_in_h = not deferred and one_step
     dz_size = hidden if walks_back and not deferred and not dz_in_h else 0
     z_size = 0 if z_in_kept else hidden
-    buffers_size = hidden + width + dz_size
-    if small or (
-        layer is Products and not deferred
-    ):  # a chunk's Z is whole; where dZ is kept, it comes on top of the rest
-        buffers_size += z_size
+    # Z counts where it is as long as a chunk, but comes on top of the rest where dZ is kept.
+    z_counts = small or (layer is Products and not deferred)
+    buffers_size = hidden + width + dz_size + (z_size if z_counts else 0)
     chunk, step = choose_chunk(
         tokens,
         group * buffers_size * x.element_size(),
